@@ -1,0 +1,20 @@
+//! Generates the Rust messages and services from `proto/` without an installed protoc.
+
+use std::error::Error;
+
+const FILES: [&str; 5] = [
+    "proto/node.proto",
+    "proto/discovery.proto",
+    "proto/workload.proto",
+    "proto/authorization.proto",
+    "proto/certificate.proto",
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let descriptors = protox::compile(FILES, ["proto"])?;
+    tonic_prost_build::configure()
+        .bytes(".istio.workload.Workload.addresses")
+        .compile_fds(descriptors)?;
+    Ok(())
+}
