@@ -1,0 +1,24 @@
+# Ambit: every command a person types. `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+export AMBIT_CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ambit
+# Compiled dependencies outlive a clone: one folder per compiler and lock file.
+export CARGO_TARGET_DIR ?= $(AMBIT_CACHE)/target/$(shell (rustc -V; cat Cargo.lock) 2>/dev/null | sha256sum | cut -c1-16)
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: prerequisites
+prerequisites: ## what a fresh Debian machine lacks (packages; names a missing or too old Rust or Go)
+	@tests/prerequisites
+
+.PHONY: build
+build: prerequisites ## the three programs, release profile
+	cargo build --release --locked --bins
+
+.PHONY: test
+test: prerequisites ## every ring of tests, lints first; ends with "N passed, N failed"
+	tests/run-rings
