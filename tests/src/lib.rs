@@ -1,1 +1,14 @@
-//! placeholder
+//! What the tests of the whole mesh share: a running cluster, seen with the tools a user has.
+//!
+//! ```text
+//!  tests/run-cluster-rings ── brings a cluster up, installs Ambit, sets AMBIT_* ──▶ tests/tests/*.rs
+//!                                                                                      │
+//!  kubectl (objects) · pods (podtool in them) · capture (tcpdump on the node link) ◀───┘
+//! ```
+//!
+//! Nothing here links the programs under test: what they did is read back with other tools.
+
+pub mod capture;
+pub mod cluster;
+pub mod command;
+pub mod wait;

@@ -1,0 +1,244 @@
+//! The running cluster: its objects through kubectl, its nodes through their namespaces.
+
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::command::{self, Outcome};
+use crate::wait::eventually;
+
+/// Namespace of Ambit's own programs.
+pub const SYSTEM: &str = "ambit-system";
+
+/// The cluster that `tests/run-cluster-rings` brought up.
+#[derive(Clone, Debug)]
+pub struct Cluster {
+    kubectl: String,
+}
+
+impl Cluster {
+    /// The cluster that the environment names.
+    ///
+    /// # Errors
+    /// If there is none: these tests do not run without a cluster.
+    pub fn current() -> Result<Self> {
+        let kubectl = setting("AMBIT_KUBECTL")?;
+        setting("KUBECONFIG")?;
+        Ok(Self { kubectl })
+    }
+
+    /// Runs kubectl; a failure is part of the outcome.
+    ///
+    /// # Errors
+    /// If kubectl cannot be started.
+    pub fn try_kubectl(&self, arguments: &[&str], input: &str) -> Result<Outcome> {
+        command::run(Command::new(&self.kubectl).args(arguments), input)
+    }
+
+    /// Runs kubectl; what it printed.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
+        self.try_kubectl(arguments, "")?
+            .success()
+            .with_context(|| format!("kubectl {}", arguments.join(" ")))
+    }
+
+    /// Applies manifests, given as YAML or JSON.
+    ///
+    /// # Errors
+    /// If the API server refuses one.
+    pub fn apply(&self, manifests: &str) -> Result<String> {
+        self.try_kubectl(&["apply", "-f", "-"], manifests)?
+            .success()
+            .context("kubectl apply")
+    }
+
+    /// `kubectl get … -o json`.
+    ///
+    /// # Errors
+    /// If kubectl fails or prints no JSON.
+    pub fn get(&self, arguments: &[&str]) -> Result<Value> {
+        let mut all = vec!["get", "-o", "json"];
+        all.extend(arguments);
+        Ok(serde_json::from_str(&self.kubectl(&all)?)?)
+    }
+
+    /// The AmbientNode of `node`.
+    ///
+    /// # Errors
+    /// If it does not exist.
+    pub fn ambient_node(&self, node: &str) -> Result<Value> {
+        self.get(&["ambientnode", node])
+    }
+
+    /// Waits until every pod of `namespace` is ready.
+    ///
+    /// # Errors
+    /// If one is not after a minute.
+    pub fn wait_ready(&self, namespace: &str) -> Result<()> {
+        self.kubectl(&[
+            "-n",
+            namespace,
+            "wait",
+            "--for=condition=Ready",
+            "pod",
+            "--all",
+            "--timeout=60s",
+        ])
+        .map(drop)
+    }
+
+    /// Waits until `node` counts `enrolled` workloads as enrolled and none pending; how long it took.
+    ///
+    /// # Errors
+    /// If it does not within `limit`.
+    pub fn wait_enrolled(&self, node: &str, enrolled: i64, limit: Duration) -> Result<Duration> {
+        eventually(limit, "enrolled", || {
+            let status = self.ambient_node(node)?["status"].take();
+            if status["enrolled"] != enrolled || status["workloads"] != enrolled {
+                bail!("{node}: {status:#}");
+            }
+            Ok(())
+        })
+    }
+
+    /// Waits until the AmbientNodes of all nodes are Ready; how long it took.
+    ///
+    /// # Errors
+    /// If one is not within `limit`.
+    pub fn wait_mesh_ready(&self, limit: Duration) -> Result<Duration> {
+        eventually(limit, "mesh ready", || {
+            for node in self.nodes()? {
+                let ready = self.condition(&node, "Ready")?;
+                if ready["status"] != "True" {
+                    bail!("{node}: {ready}");
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Names of the nodes, in order.
+    ///
+    /// # Errors
+    /// If kubectl fails.
+    pub fn nodes(&self) -> Result<Vec<String>> {
+        let names = self.kubectl(&["get", "nodes", "-o", "jsonpath={.items[*].metadata.name}"])?;
+        Ok(names.split_whitespace().map(str::to_owned).collect())
+    }
+
+    /// One condition of a node's AmbientNode; null if it is not there.
+    ///
+    /// # Errors
+    /// If the AmbientNode does not exist.
+    pub fn condition(&self, node: &str, kind: &str) -> Result<Value> {
+        let object = self.ambient_node(node)?;
+        let conditions = object["status"]["conditions"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        Ok(conditions
+            .into_iter()
+            .find(|condition| condition["type"] == kind)
+            .unwrap_or_default())
+    }
+
+    /// Waits until a condition of `node` has this status and reason; its message.
+    ///
+    /// # Errors
+    /// If it does not within `limit`.
+    pub fn wait_condition(
+        &self,
+        node: &str,
+        (kind, status, reason): (&str, &str, &str),
+        limit: Duration,
+    ) -> Result<String> {
+        let mut message = String::new();
+        eventually(limit, kind, || {
+            let condition = self.condition(node, kind)?;
+            if condition["status"] != status || condition["reason"] != reason {
+                bail!("{node}: wanted {status} {reason}, have {condition}");
+            }
+            message = condition["message"].as_str().unwrap_or_default().to_owned();
+            Ok(())
+        })?;
+        Ok(message)
+    }
+
+    /// A field of a pod, as a JSON path.
+    ///
+    /// # Errors
+    /// If the pod does not exist.
+    pub fn pod_field(&self, namespace: &str, pod: &str, path: &str) -> Result<String> {
+        self.kubectl(&[
+            "-n",
+            namespace,
+            "get",
+            "pod",
+            pod,
+            "-o",
+            &format!("jsonpath={{{path}}}"),
+        ])
+    }
+
+    /// The one pod of `namespace` with this label on `node`.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn pod_on(&self, namespace: &str, label: &str, node: &str) -> Result<String> {
+        let field = format!("--field-selector=spec.nodeName={node}");
+        let names = self.kubectl(&[
+            "-n",
+            namespace,
+            "get",
+            "pods",
+            "-l",
+            label,
+            &field,
+            "-o",
+            "jsonpath={.items[*].metadata.name}",
+        ])?;
+        names
+            .split_whitespace()
+            .next()
+            .map(str::to_owned)
+            .with_context(|| format!("no pod {label} of {namespace} on {node}"))
+    }
+
+    /// Runs a command in a pod; a failure is part of the outcome.
+    ///
+    /// # Errors
+    /// If kubectl cannot be started.
+    pub fn exec(&self, namespace: &str, pod: &str, arguments: &[&str]) -> Result<Outcome> {
+        let mut all = vec!["-n", namespace, "exec", pod, "--"];
+        all.extend(arguments);
+        self.try_kubectl(&all, "")
+    }
+
+    /// Runs a program in the network namespace of `node`, as its administrator would there.
+    ///
+    /// # Errors
+    /// If it cannot be started or fails.
+    pub fn on_node(&self, node: &str, arguments: &[&str]) -> Result<String> {
+        let net = format!("--net=/run/netns/{}", setting("AMBIT_NETNS_PREFIX")? + node);
+        let mut all = vec![net.as_str()];
+        all.extend(arguments);
+        command::output("nsenter", &all)
+    }
+}
+
+/// A setting that the script that runs these tests makes.
+///
+/// # Errors
+/// If it is not set.
+pub fn setting(name: &str) -> Result<String> {
+    std::env::var(name).with_context(|| {
+        format!(
+            "{name} is not set: run these tests with tests/run-cluster-rings, they need its cluster"
+        )
+    })
+}
