@@ -1,0 +1,391 @@
+//! What a kernel holds of ours: one set of items per network namespace.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+
+use crate::input::Mark;
+use crate::names::{METRIC_LAST, PROTOCOL};
+
+/// What both namespaces of a node hold, or should hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Datapath {
+    /// The host's network namespace.
+    pub host: BTreeSet<Item>,
+    /// The proxy's network namespace.
+    pub proxy: BTreeSet<Item>,
+}
+
+/// A network namespace of the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Place {
+    /// The host's.
+    Host,
+    /// The proxy's.
+    Proxy,
+}
+
+/// One thing that the kernel holds. The order of the variants is the order in which they are made:
+/// what redirects comes after what it redirects to.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Item {
+    /// A network device.
+    Link(Link),
+    /// A device is up.
+    Up(String),
+    /// An address of a device.
+    Address(Address),
+    /// A setting under `/proc/sys/net`.
+    Sysctl(Sysctl),
+    /// A route.
+    Route(Route),
+    /// A policy routing rule.
+    Rule(Rule),
+    /// A set of addresses, of type `hash:ip`, by its name.
+    Set(String),
+    /// Our chains of one iptables table.
+    Chains(Chains),
+    /// A member of the set.
+    Member(Ipv4Addr),
+}
+
+/// A network device.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Link {
+    /// A geneve device.
+    Geneve {
+        /// Its name.
+        name: String,
+        /// Virtual network identifier.
+        vni: u32,
+        /// The other end.
+        remote: Ipv4Addr,
+        /// UDP destination port.
+        port: u16,
+        /// MTU in bytes.
+        mtu: u32,
+    },
+    /// The host's end of a veth pair; making it makes the other end in the proxy's namespace.
+    Veth {
+        /// Its name.
+        name: String,
+        /// Name of the other end; none if that is not in the attached proxy's namespace.
+        peer: Option<String>,
+        /// MTU of both ends in bytes.
+        mtu: u32,
+    },
+    /// A device under our name that is not what we make.
+    Foreign {
+        /// Its name.
+        name: String,
+    },
+}
+
+/// An address of a device.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Address {
+    /// The device.
+    pub device: String,
+    /// The address with the length of its prefix.
+    pub address: Ipv4Net,
+}
+
+/// A setting under `/proc/sys/net`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Sysctl {
+    /// Path below `/proc/sys/net`, with slashes.
+    pub path: String,
+    /// Its value.
+    pub value: String,
+    /// What it is set to when it is no longer ours.
+    pub restore: String,
+}
+
+/// A route of ours.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Route {
+    /// Its table.
+    pub table: u32,
+    /// Where to.
+    pub destination: Ipv4Net,
+    /// Smaller comes first.
+    pub metric: u32,
+    /// How.
+    pub target: Target,
+}
+
+/// What a route does.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Target {
+    /// The answer is that there is no way.
+    Unreachable,
+    /// Deliver to this host's own sockets.
+    Local {
+        /// The device.
+        device: String,
+    },
+    /// Directly reached on the link.
+    Link {
+        /// The device.
+        device: String,
+    },
+    /// By a gateway.
+    Via {
+        /// The gateway.
+        gateway: Ipv4Addr,
+        /// The device.
+        device: String,
+        /// The gateway need not be in a network of the device.
+        onlink: bool,
+    },
+}
+
+/// A policy routing rule of ours.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rule {
+    /// Its priority.
+    pub priority: u32,
+    /// What it applies to.
+    pub selector: Selector,
+    /// What it does.
+    pub action: Action,
+}
+
+/// What a rule applies to.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Selector {
+    /// Everything.
+    All,
+    /// Packets with this mark.
+    Mark(Mark),
+    /// What this host itself sends (`iif lo`, ip-rule(8)).
+    SentHere,
+    /// TCP.
+    Tcp,
+}
+
+/// What a rule does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Action {
+    /// Look the route up in this table.
+    Lookup(u32),
+    /// Go on at the rule of this priority.
+    Goto(u32),
+    /// Nothing.
+    Nop,
+}
+
+/// Our chains of one iptables table; always replaced as a whole.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Chains {
+    /// The table.
+    pub table: Table,
+    /// By the built-in chain that they are reached from.
+    pub chains: BTreeMap<String, Chain>,
+}
+
+/// A table of iptables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Table {
+    /// Marks and TPROXY.
+    Mangle,
+    /// Address translation.
+    Nat,
+}
+
+/// A chain of ours and the way into it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Chain {
+    /// Places of the jumps to it in the built-in chain; as desired: the first place, once.
+    pub jumps: Vec<usize>,
+    /// Its rules, as `iptables-save` prints them, without the chain's name.
+    pub rules: Vec<String>,
+}
+
+impl Datapath {
+    /// The items of one namespace.
+    #[must_use]
+    pub fn side(&self, place: Place) -> &BTreeSet<Item> {
+        match place {
+            Place::Host => &self.host,
+            Place::Proxy => &self.proxy,
+        }
+    }
+
+    /// The items of one namespace.
+    pub fn side_mut(&mut self, place: Place) -> &mut BTreeSet<Item> {
+        match place {
+            Place::Host => &mut self.host,
+            Place::Proxy => &mut self.proxy,
+        }
+    }
+}
+
+impl Item {
+    /// Device that this item goes away with, if it has one.
+    #[must_use]
+    pub fn device(&self) -> Option<&str> {
+        match self {
+            Self::Up(device) | Self::Address(Address { device, .. }) => Some(device),
+            Self::Route(route) => match &route.target {
+                Target::Unreachable => None,
+                Target::Local { device } | Target::Link { device } | Target::Via { device, .. } => {
+                    Some(device)
+                }
+            },
+            // conf/NAME/… is there as long as the device is.
+            Self::Sysctl(sysctl) => sysctl.path.strip_prefix("ipv4/conf/")?.split('/').next(),
+            Self::Link(_) | Self::Rule(_) | Self::Set(_) | Self::Chains(_) | Self::Member(_) => {
+                None
+            }
+        }
+    }
+
+    /// Whether making `self` takes the place of `other` in one step.
+    #[must_use]
+    pub fn replaces(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Link(new), Self::Link(old)) => new.name() == old.name(),
+            (Self::Sysctl(new), Self::Sysctl(old)) => new.path == old.path,
+            (Self::Route(new), Self::Route(old)) => {
+                (new.table, new.destination, new.metric) == (old.table, old.destination, old.metric)
+            }
+            (Self::Rule(new), Self::Rule(old)) => new.priority == old.priority,
+            (Self::Chains(new), Self::Chains(old)) => new.table == old.table,
+            _ => false,
+        }
+    }
+}
+
+impl Link {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Geneve { name, .. } | Self::Veth { name, .. } | Self::Foreign { name } => name,
+        }
+    }
+}
+
+impl Table {
+    /// Its name on iptables' command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Mangle => "mangle",
+            Self::Nat => "nat",
+        }
+    }
+}
+
+/// As the arguments that a person would type after `ip`, `ipset`, `iptables` or `sysctl`.
+impl fmt::Display for Item {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Link(link) => write!(f, "ip link {link}"),
+            Self::Up(device) => write!(f, "ip link set {device} up"),
+            Self::Address(Address { device, address }) => {
+                write!(f, "ip address {address} dev {device}")
+            }
+            Self::Sysctl(Sysctl { path, value, .. }) => {
+                write!(f, "sysctl net/{path}={}", value.replace('\t', " "))
+            }
+            Self::Route(route) => write!(f, "ip route {route}"),
+            Self::Rule(rule) => write!(f, "ip rule {rule}"),
+            Self::Set(name) => write!(f, "ipset {name} hash:ip family inet"),
+            Self::Member(ip) => write!(f, "ipset {} {ip}", crate::names::SET),
+            Self::Chains(chains) => write!(f, "{chains}"),
+        }
+    }
+}
+
+impl fmt::Display for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Geneve {
+                name,
+                vni,
+                remote,
+                port,
+                mtu,
+            } => write!(
+                f,
+                "{name} mtu {mtu} type geneve id {vni} remote {remote} dstport {port}"
+            ),
+            Self::Veth {
+                name,
+                peer: Some(peer),
+                mtu,
+            } => {
+                write!(f, "{name} mtu {mtu} type veth peer name {peer}")
+            }
+            Self::Veth {
+                name, peer: None, ..
+            } => write!(f, "{name} type veth (peer elsewhere)"),
+            Self::Foreign { name } => write!(f, "{name} (not ours)"),
+        }
+    }
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            table,
+            destination,
+            metric,
+            target,
+        } = self;
+        match target {
+            Target::Unreachable => write!(f, "unreachable {destination}")?,
+            Target::Local { device } => write!(f, "local {destination} dev {device}")?,
+            Target::Link { device } => write!(f, "{destination} dev {device} scope link")?,
+            Target::Via {
+                gateway,
+                device,
+                onlink,
+            } => {
+                write!(f, "{destination} via {gateway} dev {device}")?;
+                if *onlink {
+                    f.write_str(" onlink")?;
+                }
+            }
+        }
+        write!(f, " table {table} proto {PROTOCOL}")?;
+        if *metric == METRIC_LAST {
+            write!(f, " metric {metric}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "priority {}", self.priority)?;
+        match &self.selector {
+            Selector::All => {}
+            Selector::Mark(mark) => write!(f, " fwmark {mark}")?,
+            Selector::SentHere => f.write_str(" iif lo")?,
+            Selector::Tcp => f.write_str(" ipproto tcp")?,
+        }
+        match self.action {
+            Action::Lookup(table) => write!(f, " lookup {table}"),
+            Action::Goto(priority) => write!(f, " goto {priority}"),
+            Action::Nop => f.write_str(" nop"),
+        }
+    }
+}
+
+impl fmt::Display for Chains {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "iptables -t {}", self.table.name())?;
+        for (hook, chain) in &self.chains {
+            write!(f, "\n      {hook} -> {}{hook}", crate::names::CHAIN_PREFIX)?;
+            for rule in &chain.rules {
+                write!(f, "\n        {rule}")?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,308 @@
+//! What the data path of a node is built from: checked facts, no wrong values.
+
+use std::fmt;
+use std::net::Ipv4Addr;
+use std::str::FromStr;
+
+use ipnet::Ipv4Net;
+
+/// Everything [`crate::build`] needs to know about a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeInput {
+    /// Devices between host and proxy.
+    pub tunnel: Tunnel,
+    /// The proxy's listeners.
+    pub ports: Ports,
+    /// Packet marks.
+    pub marks: Marks,
+    /// What happens without a proxy.
+    pub failure_mode: FailureMode,
+    /// The attached proxy, as long as its network namespace lives.
+    pub proxy: Option<Proxy>,
+    /// Pods whose traffic the proxy is to carry.
+    pub pods: Vec<MeshPod>,
+}
+
+/// Devices between host and proxy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tunnel {
+    /// Kind of device.
+    pub kind: TunnelKind,
+    /// UDP port of geneve.
+    pub port: u16,
+    /// Towards mesh pods.
+    pub inbound: TunnelEnd,
+    /// From mesh pods.
+    pub outbound: TunnelEnd,
+    /// MTU of the devices in bytes.
+    pub mtu: u32,
+}
+
+/// Kind of device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TunnelKind {
+    /// Geneve (RFC 8926).
+    Geneve,
+    /// A veth pair.
+    Veth,
+}
+
+/// One tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TunnelEnd {
+    /// Virtual network identifier, 24 bits.
+    pub vni: u32,
+    /// Inner network of at least two host addresses.
+    pub network: InnerNetwork,
+}
+
+/// Inner network of a tunnel: the first host address is the host's, the second the proxy's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InnerNetwork(Ipv4Net);
+
+/// An inner network that cannot hold two hosts.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{0} has no room for two addresses: use a network of /30 or larger, for example 192.168.126.0/30"
+)]
+pub struct NetworkTooSmall(pub Ipv4Net);
+
+impl InnerNetwork {
+    /// # Errors
+    /// If the network has fewer than two host addresses.
+    pub fn new(network: Ipv4Net) -> Result<Self, NetworkTooSmall> {
+        if network.prefix_len() > 30 {
+            Err(NetworkTooSmall(network))
+        } else {
+            Ok(Self(network.trunc()))
+        }
+    }
+
+    /// The network itself.
+    #[must_use]
+    pub fn network(self) -> Ipv4Net {
+        self.0
+    }
+
+    /// Length of the prefix in bits.
+    #[must_use]
+    pub fn prefix_len(self) -> u8 {
+        self.0.prefix_len()
+    }
+
+    /// Address of the host's end.
+    #[must_use]
+    pub fn host(self) -> Ipv4Addr {
+        Ipv4Addr::from(u32::from(self.0.network()) + 1)
+    }
+
+    /// Address of the proxy's end.
+    #[must_use]
+    pub fn proxy(self) -> Ipv4Addr {
+        Ipv4Addr::from(u32::from(self.0.network()) + 2)
+    }
+}
+
+/// The proxy's listeners, as TCP ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ports {
+    /// Connections from mesh pods.
+    pub outbound: u16,
+    /// HBONE from other proxies.
+    pub inbound: u16,
+    /// Plaintext towards mesh pods.
+    pub inbound_plaintext: u16,
+}
+
+/// Packet marks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Marks {
+    /// Host: send to the proxy by the outbound tunnel.
+    pub outbound: Mark,
+    /// Host: route by the main table.
+    pub skip: Mark,
+    /// Host: dialled by the proxy from a pod's address; saved in conntrack.
+    pub proxied: Mark,
+    /// Host: the proxy's own traffic.
+    pub own: Mark,
+    /// Host: answer to a proxied connection.
+    pub return_: Mark,
+    /// Proxy: deliver locally (TPROXY).
+    pub tproxy: Mark,
+    /// Proxy: deliver locally (answers to transparent sockets).
+    pub proxy_return: Mark,
+}
+
+/// A packet mark: a value and the bits it may touch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Mark {
+    value: u32,
+    mask: u32,
+}
+
+/// A mark that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MarkError {
+    /// Not `value/mask`.
+    #[error("mark {0:?} has no mask: write value/mask, for example 0x100/0x100")]
+    Form(String),
+    /// Not a number of 32 bits.
+    #[error(
+        "mark {0:?} is not made of hexadecimal numbers: write value/mask, for example 0x100/0x100"
+    )]
+    Number(String),
+    /// The value has bits that the mask lacks, or the mask is zero.
+    #[error(
+        "mark {0:?} has bits outside of its mask, or no bits: its value must be within its mask"
+    )]
+    OutsideMask(String),
+}
+
+impl Mark {
+    /// # Errors
+    /// If the value is zero or has bits outside of the mask.
+    pub fn new(value: u32, mask: u32) -> Result<Self, MarkError> {
+        if value == 0 || value & !mask != 0 {
+            return Err(MarkError::OutsideMask(format!("{value:#x}/{mask:#x}")));
+        }
+        Ok(Self { value, mask })
+    }
+
+    /// The bits that are set.
+    #[must_use]
+    pub fn value(self) -> u32 {
+        self.value
+    }
+
+    /// The bits that are compared and written.
+    #[must_use]
+    pub fn mask(self) -> u32 {
+        self.mask
+    }
+}
+
+impl fmt::Display for Mark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}/{:#x}", self.value, self.mask)
+    }
+}
+
+impl FromStr for Mark {
+    type Err = MarkError;
+
+    fn from_str(text: &str) -> Result<Self, MarkError> {
+        let (value, mask) = text
+            .split_once('/')
+            .ok_or_else(|| MarkError::Form(text.to_owned()))?;
+        let number = |part: &str| {
+            part.strip_prefix("0x")
+                .and_then(|digits| u32::from_str_radix(digits, 16).ok())
+                .ok_or_else(|| MarkError::Number(text.to_owned()))
+        };
+        Self::new(number(value)?, number(mask)?)
+    }
+}
+
+/// What enrolled pods' traffic does while the node has no working proxy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailureMode {
+    /// It fails at once.
+    Closed,
+    /// It goes directly.
+    Open,
+}
+
+/// The attached proxy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Proxy {
+    /// Address of the proxy's pod.
+    pub ip: Ipv4Addr,
+    /// The proxy's network device in the host's namespace.
+    pub host_device: String,
+    /// The same device in the proxy's own namespace.
+    pub device: String,
+    /// The host's address towards its pods.
+    pub host_ip: Ipv4Addr,
+    /// Value of `rp_filter` that devices of the host start with (`conf/default`).
+    pub default_rp_filter: String,
+    /// The proxy says that its listeners are bound.
+    pub serving: bool,
+}
+
+/// A pod whose traffic the proxy is to carry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct MeshPod {
+    /// Address of the pod.
+    pub ip: Ipv4Addr,
+}
+
+/// Backend of iptables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IptablesBackend {
+    /// nf_tables.
+    Nft,
+    /// The older xtables interface.
+    Legacy,
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_mark_without_a_mask_is_refused() {
+        assert_eq!(
+            "0x100".parse::<Mark>(),
+            Err(MarkError::Form("0x100".to_owned()))
+        );
+    }
+
+    #[test]
+    fn a_mark_outside_of_its_mask_is_refused() {
+        assert!(matches!(
+            "0x300/0x100".parse::<Mark>(),
+            Err(MarkError::OutsideMask(_))
+        ));
+        assert!(matches!(
+            "0x0/0x100".parse::<Mark>(),
+            Err(MarkError::OutsideMask(_))
+        ));
+    }
+
+    #[test]
+    fn a_mark_of_other_numbers_is_refused() {
+        assert!(matches!(
+            "256/0x100".parse::<Mark>(),
+            Err(MarkError::Number(_))
+        ));
+        assert!(matches!(
+            "0x1ffffffff/0x100".parse::<Mark>(),
+            Err(MarkError::Number(_))
+        ));
+    }
+
+    #[test]
+    fn the_ends_of_a_tunnel_are_the_first_two_addresses() {
+        let network = InnerNetwork::new("192.168.126.0/30".parse().unwrap()).unwrap();
+        assert_eq!(network.host(), Ipv4Addr::new(192, 168, 126, 1));
+        assert_eq!(network.proxy(), Ipv4Addr::new(192, 168, 126, 2));
+        assert!(InnerNetwork::new("192.168.126.0/31".parse().unwrap()).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn a_printed_mark_parses_back(mask in 1u32.., bits in any::<u32>()) {
+            let value = bits & mask;
+            prop_assume!(value != 0);
+            let mark = Mark::new(value, mask).unwrap();
+            prop_assert_eq!(mark.to_string().parse::<Mark>(), Ok(mark));
+        }
+
+        #[test]
+        fn no_text_makes_the_parser_panic(text in ".*") {
+            let _ = text.parse::<Mark>();
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! The set of mesh pods' addresses, through libipset.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use ipset::Session;
+use ipset::types::{HashIp, ListResult};
+
+use crate::datapath::Item;
+use crate::names::{SET, SET_SIZE};
+use crate::netns::Netns;
+
+/// The set could not be read or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum IpSetError {
+    /// The namespace could not be entered.
+    #[error("enter the network namespace to reach set {SET}")]
+    Enter(#[source] std::io::Error),
+    /// The set has no room left.
+    #[error("set {SET} is full: it cannot take {0}")]
+    Full(Ipv4Addr),
+    /// libipset said no.
+    #[error("{action} set {SET}: {message}")]
+    Library {
+        /// What was tried.
+        action: &'static str,
+        /// What libipset said.
+        message: String,
+    },
+}
+
+fn failed(action: &'static str) -> impl Fn(ipset::types::Error) -> IpSetError {
+    move |error| IpSetError::Library {
+        action,
+        message: error.to_string(),
+    }
+}
+
+fn within<T: Send>(
+    netns: &Netns,
+    work: impl FnOnce() -> Result<T, IpSetError> + Send,
+) -> Result<T, IpSetError> {
+    netns.run(work).map_err(IpSetError::Enter)?
+}
+
+fn session(name: &str) -> Session<HashIp> {
+    Session::new(name.to_owned())
+}
+
+/// The set and its members.
+pub(super) fn observe(netns: &Netns) -> Result<Vec<Item>, IpSetError> {
+    within(netns, || {
+        let mut session = session(SET);
+        if !session.exists().map_err(failed("find"))? {
+            return Ok(Vec::new());
+        }
+        let ListResult::Normal(list) = session.list().map_err(failed("list"))? else {
+            return Ok(Vec::new());
+        };
+        let mut items = vec![Item::Set(SET.to_owned())];
+        for (member, _) in list.items.unwrap_or_default() {
+            if let IpAddr::V4(ip) = member.to_ip_addr() {
+                items.push(Item::Member(ip));
+            }
+        }
+        Ok(items)
+    })
+}
+
+pub(super) fn create(netns: &Netns, name: &str) -> Result<(), IpSetError> {
+    within(netns, || {
+        session(name)
+            .create(|builder| builder.with_ipv6(false)?.with_max_elem(SET_SIZE)?.build())
+            .map(drop)
+            .map_err(failed("create"))
+    })
+}
+
+pub(super) fn destroy(netns: &Netns, name: &str) -> Result<(), IpSetError> {
+    within(netns, || {
+        session(name).destroy().map(drop).map_err(failed("destroy"))
+    })
+}
+
+pub(super) fn add(netns: &Netns, ip: Ipv4Addr) -> Result<(), IpSetError> {
+    within(netns, || {
+        session(SET)
+            .add(IpAddr::V4(ip), &[])
+            .map(drop)
+            .map_err(|error| {
+                if error.to_string().contains("full") {
+                    IpSetError::Full(ip)
+                } else {
+                    failed("add to")(error)
+                }
+            })
+    })
+}
+
+pub(super) fn remove(netns: &Netns, ip: Ipv4Addr) -> Result<(), IpSetError> {
+    within(netns, || {
+        session(SET)
+            .del(IpAddr::V4(ip))
+            .map(drop)
+            .map_err(failed("remove from"))
+    })
+}

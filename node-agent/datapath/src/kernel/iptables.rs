@@ -1,0 +1,276 @@
+//! Our chains, read by `iptables-save` and replaced by one `iptables-restore --noflush` a table.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::process::{Command, Output, Stdio};
+
+use crate::datapath::{Chain, Chains, Item, Table};
+use crate::input::IptablesBackend;
+use crate::names::CHAIN_PREFIX;
+use crate::netns::Netns;
+
+/// The programs of one backend.
+#[derive(Clone, Copy, Debug)]
+pub struct Iptables {
+    backend: IptablesBackend,
+}
+
+/// Chains that could not be read or replaced.
+#[derive(Debug, thiserror::Error)]
+pub enum IptablesError {
+    /// The program is not there.
+    #[error(
+        "{0} is missing: install the package iptables in the agent's image, or on the host for a bare agent"
+    )]
+    Missing(&'static str),
+    /// The program could not be run.
+    #[error("run {0}")]
+    Run(&'static str, #[source] io::Error),
+    /// The program said no.
+    #[error("{program} of table {table}: {message}")]
+    Failed {
+        /// The program.
+        program: &'static str,
+        /// The table.
+        table: &'static str,
+        /// What it printed.
+        message: String,
+    },
+}
+
+impl Iptables {
+    pub(crate) fn new(backend: IptablesBackend) -> Self {
+        Self { backend }
+    }
+
+    fn save_program(self) -> &'static str {
+        match self.backend {
+            IptablesBackend::Nft => "iptables-nft-save",
+            IptablesBackend::Legacy => "iptables-legacy-save",
+        }
+    }
+
+    fn restore_program(self) -> &'static str {
+        match self.backend {
+            IptablesBackend::Nft => "iptables-nft-restore",
+            IptablesBackend::Legacy => "iptables-legacy-restore",
+        }
+    }
+
+    /// Our chains of a table, none if there are none.
+    ///
+    /// # Errors
+    /// If the program is missing or fails.
+    pub fn observe(self, table: Table, netns: &Netns) -> Result<Option<Chains>, IptablesError> {
+        let saved = self.save(table, netns)?;
+        let chains = parse(&saved);
+        Ok((!chains.is_empty()).then_some(Chains { table, chains }))
+    }
+
+    /// What `iptables-save` prints of a table.
+    ///
+    /// # Errors
+    /// If the program is missing or fails.
+    pub fn save(self, table: Table, netns: &Netns) -> Result<String, IptablesError> {
+        let program = self.save_program();
+        run(netns, program, &["-t", table.name()], table, "")
+    }
+
+    /// Puts `new` in the place of `old`, in one transaction.
+    pub(super) fn replace(
+        self,
+        old: Option<&Item>,
+        new: Option<&Item>,
+        netns: &Netns,
+    ) -> Result<(), IptablesError> {
+        let as_chains = |item: Option<&Item>| match item {
+            Some(Item::Chains(chains)) => Some(chains.clone()),
+            _ => None,
+        };
+        let (old, new) = (as_chains(old), as_chains(new));
+        let Some(table) = new.as_ref().or(old.as_ref()).map(|chains| chains.table) else {
+            return Ok(());
+        };
+        let none = BTreeMap::new();
+        let text = transaction(
+            table,
+            old.as_ref().map_or(&none, |chains| &chains.chains),
+            new.as_ref().map_or(&none, |chains| &chains.chains),
+        );
+        let program = self.restore_program();
+        // -w: the lock may be held by kube-proxy.
+        run(netns, program, &["--noflush", "-w", "5"], table, &text).map(drop)
+    }
+}
+
+fn run(
+    netns: &Netns,
+    program: &'static str,
+    arguments: &[&str],
+    table: Table,
+    input: &str,
+) -> Result<String, IptablesError> {
+    let failed = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => IptablesError::Missing(program),
+        _ => IptablesError::Run(program, error),
+    };
+    // A child inherits the network namespace of the thread that starts it.
+    let output = netns
+        .run(|| child(program, arguments, input))
+        .map_err(failed)?
+        .map_err(failed)?;
+    if !output.status.success() {
+        let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        return Err(IptablesError::Failed {
+            program,
+            table: table.name(),
+            message,
+        });
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+fn child(program: &str, arguments: &[&str], input: &str) -> io::Result<Output> {
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    if let Some(mut stdin) = child.stdin.take() {
+        stdin.write_all(input.as_bytes())?;
+    }
+    child.wait_with_output()
+}
+
+/// Our chains in what `iptables-save` printed, by built-in chain.
+pub(crate) fn parse(saved: &str) -> BTreeMap<String, Chain> {
+    let mut chains: BTreeMap<String, Chain> = BTreeMap::new();
+    let mut places: BTreeMap<&str, usize> = BTreeMap::new();
+    for line in saved.lines() {
+        if let Some(name) = line
+            .strip_prefix(':')
+            .and_then(|rest| rest.split(' ').next())
+        {
+            if let Some(hook) = name.strip_prefix(CHAIN_PREFIX) {
+                chains.entry(hook.to_owned()).or_default();
+            }
+            continue;
+        }
+        let Some((name, rule)) = line
+            .strip_prefix("-A ")
+            .and_then(|rest| rest.split_once(' '))
+        else {
+            continue;
+        };
+        if let Some(hook) = name.strip_prefix(CHAIN_PREFIX) {
+            chains
+                .entry(hook.to_owned())
+                .or_default()
+                .rules
+                .push(rule.to_owned());
+            continue;
+        }
+        let place = places.entry(name).or_default();
+        if rule
+            .strip_prefix("-j ")
+            .and_then(|to| to.strip_prefix(CHAIN_PREFIX))
+            == Some(name)
+        {
+            chains
+                .entry(name.to_owned())
+                .or_default()
+                .jumps
+                .push(*place);
+        }
+        *place += 1;
+    }
+    chains
+}
+
+/// The input of `iptables-restore --noflush` that leads from `old` to `new`.
+fn transaction(
+    table: Table,
+    old: &BTreeMap<String, Chain>,
+    new: &BTreeMap<String, Chain>,
+) -> String {
+    let mut text = format!("*{}\n", table.name());
+    // Writing to a String cannot fail. Declaring a chain empties it.
+    for hook in old.keys().chain(new.keys()) {
+        let _ = writeln!(text, ":{CHAIN_PREFIX}{hook} - [0:0]");
+    }
+    for (hook, chain) in new {
+        for rule in &chain.rules {
+            let _ = writeln!(text, "-A {CHAIN_PREFIX}{hook} {rule}");
+        }
+    }
+    for (hook, chain) in old {
+        let keeps = new.get(hook).is_some_and(|new| new.jumps == chain.jumps);
+        for _ in chain.jumps.iter().filter(|_| !keeps) {
+            let _ = writeln!(text, "-D {hook} -j {CHAIN_PREFIX}{hook}");
+        }
+    }
+    for (hook, chain) in new {
+        if old.get(hook).is_none_or(|old| old.jumps != chain.jumps) {
+            let _ = writeln!(text, "-I {hook} 1 -j {CHAIN_PREFIX}{hook}");
+        }
+    }
+    for hook in old.keys().filter(|hook| !new.contains_key(*hook)) {
+        let _ = writeln!(text, "-X {CHAIN_PREFIX}{hook}");
+    }
+    text + "COMMIT\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SAVED: &str = "\
+*mangle
+:PREROUTING ACCEPT [0:0]
+:KUBE-KUBELET-CANARY - [0:0]
+:ztunnel-PREROUTING - [0:0]
+:ztunnel-INPUT - [0:0]
+-A PREROUTING -j KUBE-SOMETHING
+-A PREROUTING -j ztunnel-PREROUTING
+-A ztunnel-PREROUTING -i istioin -j MARK --set-xmark 0x200/0x200
+-A ztunnel-PREROUTING -j RETURN
+COMMIT
+";
+
+    #[test]
+    fn only_our_chains_and_the_jumps_to_them_are_read() {
+        let chains = parse(SAVED);
+        assert_eq!(chains.keys().collect::<Vec<_>>(), ["INPUT", "PREROUTING"]);
+        assert_eq!(chains["PREROUTING"].jumps, [1]);
+        assert_eq!(chains["PREROUTING"].rules.len(), 2);
+        assert!(chains["INPUT"].jumps.is_empty());
+    }
+
+    #[test]
+    fn a_jump_in_the_wrong_place_is_moved_to_the_first() {
+        let old = parse(SAVED);
+        let mut new = old.clone();
+        new.insert(
+            "PREROUTING".to_owned(),
+            Chain {
+                jumps: vec![0],
+                rules: vec!["-j RETURN".to_owned()],
+            },
+        );
+        let text = transaction(Table::Mangle, &old, &new);
+        assert!(text.contains(
+            "-D PREROUTING -j ztunnel-PREROUTING\n-I PREROUTING 1 -j ztunnel-PREROUTING"
+        ));
+    }
+
+    #[test]
+    fn removal_leaves_neither_jump_nor_chain() {
+        let text = transaction(Table::Mangle, &parse(SAVED), &BTreeMap::new());
+        assert!(text.contains("-D PREROUTING -j ztunnel-PREROUTING"));
+        assert!(text.contains("-X ztunnel-PREROUTING"));
+        assert!(text.contains("-X ztunnel-INPUT"));
+        assert!(!text.contains("KUBE"));
+    }
+}

@@ -1,0 +1,456 @@
+//! Devices, addresses, routes and rules, through rtnetlink(7).
+
+mod message;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::AsRawFd;
+
+use futures::TryStreamExt;
+use ipnet::Ipv4Net;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::link::{
+    InfoData, InfoGeneve, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
+use netlink_packet_route::route::RouteMessage;
+use rtnetlink::{Handle, IpVersion, LinkGeneve, LinkMessageBuilder, LinkUnspec, LinkVeth};
+
+use crate::datapath::{Address, Item, Link, Place, Route};
+use crate::names::{ISTIOIN, ISTIOOUT, PISTIOIN, PISTIOOUT};
+use crate::netns::Netns;
+
+pub(crate) use message::{foreign_mark, way};
+
+/// A netlink socket in one namespace.
+#[derive(Clone, Debug)]
+pub struct Netlink {
+    handle: Handle,
+}
+
+/// A request that the kernel refused.
+#[derive(Debug, thiserror::Error)]
+pub enum NetlinkError {
+    /// A dump failed.
+    #[error("read the {0}")]
+    Read(&'static str, #[source] rtnetlink::Error),
+    /// A change failed.
+    #[error("change {0}")]
+    Change(String, #[source] rtnetlink::Error),
+    /// The kernel has no geneve driver.
+    #[error(
+        "this kernel has no geneve driver; load it (modprobe geneve) or set spec.tunnel.type: Veth"
+    )]
+    GeneveUnsupported,
+    /// A device has our name and is not ours.
+    #[error("the device {0} is not ours: rename or remove it (ip link delete {0})")]
+    ForeignDevice(String),
+    /// A device that should be there is not.
+    #[error("there is no device {0}")]
+    NoDevice(String),
+    /// A veth pair needs the proxy's namespace.
+    #[error("no proxy is attached, the pair {0} cannot be made")]
+    Detached(String),
+}
+
+impl Netlink {
+    /// Opens the socket; its connection runs as a task until the last handle is dropped.
+    pub(crate) fn open(netns: &Netns) -> io::Result<Self> {
+        let runtime = tokio::runtime::Handle::current();
+        let (connection, handle, _) = netns.run(|| {
+            let _entered = runtime.enter();
+            rtnetlink::new_connection()
+        })??;
+        tokio::spawn(connection);
+        Ok(Self { handle })
+    }
+
+    pub(crate) async fn links(&self) -> Result<Vec<LinkMessage>, NetlinkError> {
+        let links = self.handle.link().get().execute().try_collect();
+        links
+            .await
+            .map_err(|error| NetlinkError::Read("devices", error))
+    }
+
+    /// Index of each device.
+    pub(crate) async fn link_indices(&self) -> Result<BTreeMap<String, u32>, NetlinkError> {
+        Ok(self
+            .links()
+            .await?
+            .iter()
+            .map(|link| (name(link), link.header.index))
+            .collect())
+    }
+
+    pub(crate) async fn addresses(&self) -> Result<Vec<AddressMessage>, NetlinkError> {
+        let addresses = self.handle.address().get().execute().try_collect();
+        addresses
+            .await
+            .map_err(|error| NetlinkError::Read("addresses", error))
+    }
+
+    pub(crate) async fn routes(&self) -> Result<Vec<RouteMessage>, NetlinkError> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = AddressFamily::Inet;
+        let routes = self.handle.route().get(message).execute().try_collect();
+        routes
+            .await
+            .map_err(|error| NetlinkError::Read("routes", error))
+    }
+
+    pub(crate) async fn rules(
+        &self,
+    ) -> Result<Vec<netlink_packet_route::rule::RuleMessage>, NetlinkError> {
+        let rules = self
+            .handle
+            .rule()
+            .get(IpVersion::V4)
+            .execute()
+            .try_collect();
+        rules
+            .await
+            .map_err(|error| NetlinkError::Read("rules", error))
+    }
+
+    /// The way the kernel takes to an address, as `ip route get`.
+    pub(crate) async fn route_to(
+        &self,
+        to: Ipv4Addr,
+        mark: Option<u32>,
+    ) -> Result<Option<RouteMessage>, NetlinkError> {
+        let message = message::query(to, mark);
+        let mut routes = self.handle.route().get(message).execute();
+        match routes.try_next().await {
+            Ok(route) => Ok(route),
+            Err(error) if is_errno(&error, nix::libc::ENETUNREACH) => Ok(None),
+            Err(error) if is_errno(&error, nix::libc::EHOSTUNREACH) => Ok(None),
+            Err(error) => Err(NetlinkError::Change(format!("the route to {to}"), error)),
+        }
+    }
+
+    /// What this namespace holds of ours, but for the host's links.
+    pub(super) async fn observe(&self, place: Place) -> Result<BTreeSet<Item>, NetlinkError> {
+        let links = self.links().await?;
+        let names: BTreeMap<u32, String> = links
+            .iter()
+            .map(|link| (link.header.index, name(link)))
+            .collect();
+        let mut items = BTreeSet::new();
+        for link in links.iter().filter(|link| is_ours(&name(link))) {
+            if link.header.flags.contains(LinkFlags::Up) {
+                items.insert(Item::Up(name(link)));
+            }
+            if place == Place::Proxy && is_geneve(link) {
+                items.insert(Item::Link(geneve(link)));
+            }
+        }
+        for address in self.addresses().await? {
+            items.extend(own_address(&address, &names).map(Item::Address));
+        }
+        for route in self.routes().await? {
+            items.extend(message::own_route(&route, &names).map(Item::Route));
+        }
+        for rule in self.rules().await? {
+            items.extend(message::own_rule(&rule).map(Item::Rule));
+        }
+        Ok(items)
+    }
+
+    /// The host's ends of the tunnels. `peers` are the devices of the proxy's namespace.
+    pub(super) async fn host_links(
+        &self,
+        peers: &BTreeMap<String, u32>,
+    ) -> Result<Vec<Item>, NetlinkError> {
+        let links = self.links().await?;
+        let ours = links
+            .iter()
+            .filter(|link| [ISTIOIN, ISTIOOUT].contains(&name(link).as_str()));
+        Ok(ours
+            .map(|link| Item::Link(host_link(link, peers)))
+            .collect())
+    }
+
+    /// Makes, replaces or removes one item.
+    pub(super) async fn change(
+        &self,
+        old: Option<&Item>,
+        new: Option<&Item>,
+        proxy: Option<&Netns>,
+    ) -> Result<(), NetlinkError> {
+        let described = new.or(old).map(ToString::to_string).unwrap_or_default();
+        let failed = |error| NetlinkError::Change(described.clone(), error);
+        match (old, new) {
+            (_, Some(Item::Route(route))) => {
+                let message = message::route(route, self.index_of(route).await?);
+                self.handle
+                    .route()
+                    .add(message)
+                    .replace()
+                    .execute()
+                    .await
+                    .map_err(failed)
+            }
+            (Some(Item::Route(route)), None) => {
+                let Ok(index) = self.index_of(route).await else {
+                    return Ok(());
+                };
+                let message = message::route(route, index);
+                gone(self.handle.route().del(message).execute().await).map_err(failed)
+            }
+            (old, new @ (Some(Item::Rule(_)) | None)) if is_rule(old.or(new)) => {
+                if let Some(Item::Rule(rule)) = old {
+                    let removed = self.handle.rule().del(message::rule(rule)).execute().await;
+                    gone(removed).map_err(&failed)?;
+                }
+                let Some(Item::Rule(rule)) = new else {
+                    return Ok(());
+                };
+                let mut request = self.handle.rule().add();
+                *request.message_mut() = message::rule(rule);
+                request.execute().await.map_err(failed)
+            }
+            (old, new) if matches!(new.or(old), Some(Item::Link(_))) => {
+                if let Some(Item::Link(link)) = old {
+                    self.remove_link(link).await?;
+                }
+                let Some(Item::Link(link)) = new else {
+                    return Ok(());
+                };
+                self.add_link(link, proxy).await
+            }
+            (_, Some(Item::Up(device))) => {
+                let index = self.device(device).await?;
+                let message = LinkUnspec::new_with_index(index).up().build();
+                self.handle
+                    .link()
+                    .change(message)
+                    .execute()
+                    .await
+                    .map_err(failed)
+            }
+            (_, Some(Item::Address(Address { device, address }))) => {
+                let index = self.device(device).await?;
+                let ip = IpAddr::V4(address.addr());
+                let request = self.handle.address().add(index, ip, address.prefix_len());
+                request.replace().execute().await.map_err(failed)
+            }
+            (Some(Item::Address(Address { device, address })), None) => {
+                let Ok(index) = self.device(device).await else {
+                    return Ok(());
+                };
+                let message = rtnetlink::AddressMessageBuilder::<Ipv4Addr>::new()
+                    .index(index)
+                    .address(address.addr(), address.prefix_len())
+                    .build();
+                gone(self.handle.address().del(message).execute().await).map_err(failed)
+            }
+            // A device of ours that is no longer wanted up is removed.
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the kernel does not know the kind of this device.
+    pub(crate) async fn is_unsupported(&self, message: LinkMessage) -> bool {
+        let made = self.handle.link().add(message).execute().await;
+        made.is_err_and(|error| is_errno(&error, nix::libc::EOPNOTSUPP))
+    }
+
+    async fn device(&self, device: &str) -> Result<u32, NetlinkError> {
+        let indices = self.link_indices().await?;
+        indices
+            .get(device)
+            .copied()
+            .ok_or_else(|| NetlinkError::NoDevice(device.to_owned()))
+    }
+
+    async fn index_of(&self, route: &Route) -> Result<Option<u32>, NetlinkError> {
+        match message::route_device(route) {
+            Some(device) => self.device(device).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    async fn remove_link(&self, link: &Link) -> Result<(), NetlinkError> {
+        if let Link::Foreign { name } = link {
+            return Err(NetlinkError::ForeignDevice(name.clone()));
+        }
+        let Ok(index) = self.device(link.name()).await else {
+            return Ok(());
+        };
+        gone(self.handle.link().del(index).execute().await)
+            .map_err(|error| NetlinkError::Change(link.to_string(), error))
+    }
+
+    async fn add_link(&self, link: &Link, proxy: Option<&Netns>) -> Result<(), NetlinkError> {
+        let message = match link {
+            Link::Geneve {
+                name,
+                vni,
+                remote,
+                port,
+                mtu,
+            } => LinkGeneve::new(name, *vni)
+                .remote(*remote)
+                .port(*port)
+                .mtu(*mtu)
+                .build(),
+            Link::Veth { name, peer, mtu } => {
+                let proxy = proxy.and_then(Netns::descriptor);
+                let (Some(peer), Some(proxy)) = (peer, proxy) else {
+                    return Err(NetlinkError::Detached(name.clone()));
+                };
+                let peer = LinkMessageBuilder::<LinkUnspec>::new()
+                    .name(peer.clone())
+                    .mtu(*mtu)
+                    .setns_by_fd(proxy.as_raw_fd())
+                    .build();
+                LinkVeth::new(name, "")
+                    .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
+                    .mtu(*mtu)
+                    .build()
+            }
+            Link::Foreign { name } => return Err(NetlinkError::ForeignDevice(name.clone())),
+        };
+        match self.handle.link().add(message).execute().await {
+            Err(error) if is_errno(&error, nix::libc::EOPNOTSUPP) => {
+                Err(NetlinkError::GeneveUnsupported)
+            }
+            other => other.map_err(|error| NetlinkError::Change(link.to_string(), error)),
+        }
+    }
+}
+
+fn is_rule(item: Option<&Item>) -> bool {
+    matches!(item, Some(Item::Rule(_)))
+}
+
+fn is_errno(error: &rtnetlink::Error, errno: i32) -> bool {
+    matches!(error, rtnetlink::Error::NetlinkError(message) if message.raw_code() == -errno)
+}
+
+/// A removal of what is not there any more has reached its end.
+fn gone(removed: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
+    let absent = [
+        nix::libc::ESRCH,
+        nix::libc::ENOENT,
+        nix::libc::ENODEV,
+        nix::libc::EADDRNOTAVAIL,
+    ];
+    match removed {
+        Err(error) if absent.iter().any(|errno| is_errno(&error, *errno)) => Ok(()),
+        other => other,
+    }
+}
+
+pub(crate) fn name(link: &LinkMessage) -> String {
+    link.attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) => Some(name.clone()),
+            _ => None,
+        })
+        .unwrap_or_default()
+}
+
+fn is_ours(name: &str) -> bool {
+    [ISTIOIN, ISTIOOUT, PISTIOIN, PISTIOOUT].contains(&name)
+}
+
+pub(crate) fn kind(link: &LinkMessage) -> Option<InfoKind> {
+    infos(link).find_map(|info| match info {
+        LinkInfo::Kind(kind) => Some(kind.clone()),
+        _ => None,
+    })
+}
+
+fn infos(link: &LinkMessage) -> impl Iterator<Item = &LinkInfo> {
+    link.attributes
+        .iter()
+        .flat_map(|attribute| match attribute {
+            LinkAttribute::LinkInfo(infos) => infos.as_slice(),
+            _ => &[],
+        })
+}
+
+fn is_geneve(link: &LinkMessage) -> bool {
+    matches!(kind(link), Some(InfoKind::Geneve))
+}
+
+pub(crate) fn mtu(link: &LinkMessage) -> u32 {
+    link.attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::Mtu(mtu) => Some(*mtu),
+            _ => None,
+        })
+        .unwrap_or_default()
+}
+
+/// Index of a veth's other end, in the namespace that one is in.
+pub(crate) fn peer_index(link: &LinkMessage) -> Option<u32> {
+    link.attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::Link(index) => Some(*index),
+            _ => None,
+        })
+}
+
+fn host_link(link: &LinkMessage, peers: &BTreeMap<String, u32>) -> Link {
+    let name = name(link);
+    match kind(link) {
+        Some(InfoKind::Geneve) => geneve(link),
+        Some(InfoKind::Veth) => {
+            let peer = format!("p{name}");
+            let attached = peers.get(&peer).copied() == peer_index(link);
+            Link::Veth {
+                name,
+                peer: (attached && !peers.is_empty()).then_some(peer),
+                mtu: mtu(link),
+            }
+        }
+        _ => Link::Foreign { name },
+    }
+}
+
+fn geneve(link: &LinkMessage) -> Link {
+    let (mut vni, mut remote, mut port) = (0, Ipv4Addr::UNSPECIFIED, 0);
+    for info in infos(link) {
+        let LinkInfo::Data(InfoData::Geneve(values)) = info else {
+            continue;
+        };
+        for value in values {
+            match value {
+                InfoGeneve::Id(id) => vni = *id,
+                InfoGeneve::Remote(ip) => remote = *ip,
+                InfoGeneve::Port(number) => port = *number,
+                _ => {}
+            }
+        }
+    }
+    Link::Geneve {
+        name: name(link),
+        vni,
+        remote,
+        port,
+        mtu: mtu(link),
+    }
+}
+
+fn own_address(message: &AddressMessage, names: &BTreeMap<u32, String>) -> Option<Address> {
+    let device = names.get(&message.header.index)?.clone();
+    let ip = ipv4(message)?;
+    let address = Ipv4Net::new(ip, message.header.prefix_len).ok()?;
+    is_ours(&device).then_some(Address { device, address })
+}
+
+pub(crate) fn ipv4(message: &AddressMessage) -> Option<Ipv4Addr> {
+    message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            AddressAttribute::Local(IpAddr::V4(ip)) => Some(*ip),
+            _ => None,
+        })
+}

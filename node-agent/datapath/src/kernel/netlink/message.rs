@@ -1,0 +1,217 @@
+//! Routes and rules as rtnetlink messages, and back.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::IpProtocol;
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
+    RouteType,
+};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+
+use crate::datapath::{Action, Route, Rule, Selector, Target};
+use crate::input::Mark;
+use crate::names::{PROTOCOL, TABLE_INBOUND, TABLE_LOCAL, TABLE_OUTBOUND, TABLE_RETURN};
+
+const NEXTHOP_ONLINK: u32 = 4;
+
+pub(super) fn route_device(route: &Route) -> Option<&str> {
+    match &route.target {
+        Target::Unreachable => None,
+        Target::Local { device } | Target::Link { device } | Target::Via { device, .. } => {
+            Some(device)
+        }
+    }
+}
+
+/// A route, whose device has this index.
+pub(super) fn route(route: &Route, index: Option<u32>) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    let header = &mut message.header;
+    header.address_family = AddressFamily::Inet;
+    header.destination_prefix_length = route.destination.prefix_len();
+    header.protocol = RouteProtocol::Other(PROTOCOL);
+    header.kind = RouteType::Unicast;
+    header.scope = RouteScope::Universe;
+    match &route.target {
+        Target::Unreachable => header.kind = RouteType::Unreachable,
+        Target::Local { .. } => {
+            header.kind = RouteType::Local;
+            header.scope = RouteScope::Host;
+        }
+        Target::Link { .. } => header.scope = RouteScope::Link,
+        Target::Via { onlink: true, .. } => header.flags = RouteFlags::Onlink,
+        Target::Via { .. } => {}
+    }
+    let attributes = &mut message.attributes;
+    attributes.push(RouteAttribute::Table(route.table));
+    if route.destination.prefix_len() > 0 {
+        attributes.push(RouteAttribute::Destination(RouteAddress::Inet(
+            route.destination.addr(),
+        )));
+    }
+    if let Target::Via { gateway, .. } = &route.target {
+        attributes.push(RouteAttribute::Gateway(RouteAddress::Inet(*gateway)));
+    }
+    attributes.extend(index.map(RouteAttribute::Oif));
+    if route.metric > 0 {
+        attributes.push(RouteAttribute::Priority(route.metric));
+    }
+    message
+}
+
+/// A question for the way to an address.
+pub(super) fn query(to: Ipv4Addr, mark: Option<u32>) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = AddressFamily::Inet;
+    message.header.destination_prefix_length = 32;
+    message
+        .attributes
+        .push(RouteAttribute::Destination(RouteAddress::Inet(to)));
+    message.attributes.extend(mark.map(RouteAttribute::Mark));
+    message
+}
+
+/// A route that carries our protocol and is in one of our tables.
+pub(super) fn own_route(message: &RouteMessage, names: &BTreeMap<u32, String>) -> Option<Route> {
+    if message.header.protocol != RouteProtocol::Other(PROTOCOL) {
+        return None;
+    }
+    let table = table(&message.header, &message.attributes);
+    if ![TABLE_INBOUND, TABLE_OUTBOUND, TABLE_RETURN, TABLE_LOCAL].contains(&table) {
+        return None;
+    }
+    let (mut ip, mut gateway, mut device, mut metric) = (Ipv4Addr::UNSPECIFIED, None, None, 0);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(RouteAddress::Inet(address)) => ip = *address,
+            RouteAttribute::Gateway(RouteAddress::Inet(address)) => gateway = Some(*address),
+            RouteAttribute::Oif(index) => device = names.get(index).cloned(),
+            RouteAttribute::Priority(value) => metric = *value,
+            _ => {}
+        }
+    }
+    let destination = Ipv4Net::new(ip, message.header.destination_prefix_length).ok()?;
+    let onlink = message.header.flags.bits() & NEXTHOP_ONLINK != 0;
+    let target = match (message.header.kind, gateway, device) {
+        (RouteType::Unreachable, _, _) => Target::Unreachable,
+        (RouteType::Local, _, Some(device)) => Target::Local { device },
+        (_, Some(gateway), Some(device)) => Target::Via {
+            gateway,
+            device,
+            onlink,
+        },
+        (_, None, Some(device)) => Target::Link { device },
+        (_, _, None) => return None,
+    };
+    Some(Route {
+        table,
+        destination,
+        metric,
+        target,
+    })
+}
+
+fn table(header: &RouteHeader, attributes: &[RouteAttribute]) -> u32 {
+    attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Table(table) => Some(*table),
+            _ => None,
+        })
+        .unwrap_or_else(|| header.table.into())
+}
+
+/// A rule.
+pub(super) fn rule(rule: &Rule) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = AddressFamily::Inet;
+    let attributes = &mut message.attributes;
+    attributes.push(RuleAttribute::Priority(rule.priority));
+    attributes.push(RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)));
+    match &rule.selector {
+        Selector::All => {}
+        Selector::Mark(mark) => {
+            attributes.push(RuleAttribute::FwMark(mark.value()));
+            attributes.push(RuleAttribute::FwMask(mark.mask()));
+        }
+        Selector::SentHere => attributes.push(RuleAttribute::Iifname("lo".to_owned())),
+        Selector::Tcp => attributes.push(RuleAttribute::IpProtocol(IpProtocol::Tcp)),
+    }
+    match rule.action {
+        Action::Lookup(table) => {
+            message.header.action = RuleAction::ToTable;
+            attributes.push(RuleAttribute::Table(table));
+        }
+        Action::Goto(priority) => {
+            message.header.action = RuleAction::Goto;
+            attributes.push(RuleAttribute::Goto(priority));
+        }
+        Action::Nop => message.header.action = RuleAction::Nop,
+    }
+    message
+}
+
+/// A rule that carries our protocol.
+pub(super) fn own_rule(message: &RuleMessage) -> Option<Rule> {
+    let (mut priority, mut value, mut mask, mut table) =
+        (0, None, None, u32::from(message.header.table));
+    let (mut goto, mut own, mut selector) = (None, false, Selector::All);
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Priority(number) => priority = *number,
+            RuleAttribute::Protocol(protocol) => own = *protocol == RouteProtocol::Other(PROTOCOL),
+            RuleAttribute::FwMark(mark) => value = Some(*mark),
+            RuleAttribute::FwMask(bits) => mask = Some(*bits),
+            RuleAttribute::Iifname(_) => selector = Selector::SentHere,
+            RuleAttribute::IpProtocol(_) => selector = Selector::Tcp,
+            RuleAttribute::Table(number) => table = *number,
+            RuleAttribute::Goto(number) => goto = Some(*number),
+            _ => {}
+        }
+    }
+    if let (Some(value), Some(mask)) = (value, mask) {
+        selector = Mark::new(value, mask).map_or(Selector::All, Selector::Mark);
+    }
+    let action = match (message.header.action, goto) {
+        (RuleAction::Goto, Some(priority)) => Action::Goto(priority),
+        (RuleAction::Nop, _) => Action::Nop,
+        _ => Action::Lookup(table),
+    };
+    own.then_some(Rule {
+        priority,
+        selector,
+        action,
+    })
+}
+
+/// The device and the source address of an answer to [`query`].
+pub(crate) fn way(message: &RouteMessage) -> (Option<u32>, Option<Ipv4Addr>) {
+    let mut way = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Oif(index) => way.0 = Some(*index),
+            RouteAttribute::PrefSource(RouteAddress::Inet(ip)) => way.1 = Some(*ip),
+            _ => {}
+        }
+    }
+    way
+}
+
+/// Whether a rule of somebody else reads or needs these bits of the mark.
+pub(crate) fn foreign_mark(message: &RuleMessage) -> Option<u32> {
+    let own = message
+        .attributes
+        .contains(&RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)));
+    let mask = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RuleAttribute::FwMask(mask) => Some(*mask),
+            _ => None,
+        });
+    mask.filter(|_| !own)
+}
