@@ -138,7 +138,7 @@ fn additions(
 fn removals(place: Place, desired: &Datapath, observed: &Datapath, steps: &mut Vec<Step>) {
     let (desired, observed) = (desired.side(place), observed.side(place));
     for old in observed.iter().rev().filter(|old| !desired.contains(*old)) {
-        let replaced = desired.iter().any(|new| new.replaces(old));
+        let replaced = desired.iter().any(|new| new.replaces(old)) || needs_no_removal(old);
         if !replaced && !matches!((place, old), (Place::Host, Item::Member(_))) {
             steps.push(Step {
                 place,
@@ -146,6 +146,11 @@ fn removals(place: Place, desired: &Datapath, observed: &Datapath, steps: &mut V
             });
         }
     }
+}
+
+/// A setting whose own value is also the one to leave behind.
+fn needs_no_removal(item: &Item) -> bool {
+    matches!(item, Item::Sysctl(sysctl) if sysctl.value == sysctl.restore)
 }
 
 impl fmt::Display for Plan {

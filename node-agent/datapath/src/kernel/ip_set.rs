@@ -49,12 +49,11 @@ fn session(name: &str) -> Session<HashIp> {
 /// The set and its members.
 pub(super) fn observe(netns: &Netns) -> Result<Vec<Item>, IpSetError> {
     within(netns, || {
-        let mut session = session(SET);
-        if !session.exists().map_err(failed("find"))? {
-            return Ok(Vec::new());
-        }
-        let ListResult::Normal(list) = session.list().map_err(failed("list"))? else {
-            return Ok(Vec::new());
+        let list = match session(SET).list() {
+            Ok(ListResult::Normal(list)) => list,
+            Ok(ListResult::Terse(_)) => return Ok(Vec::new()),
+            Err(error) if error.to_string().contains("does not exist") => return Ok(Vec::new()),
+            Err(error) => return Err(failed("list")(error)),
         };
         let mut items = vec![Item::Set(SET.to_owned())];
         for (member, _) in list.items.unwrap_or_default() {

@@ -1,0 +1,190 @@
+//! A node in network namespaces of its own: a host, pods behind veth pairs, a proxy pod.
+
+use std::net::Ipv4Addr;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use datapath::input::{InnerNetwork, Marks, Ports, Proxy, Tunnel, TunnelEnd};
+use datapath::netns::Netns;
+use datapath::{FailureMode, IptablesBackend, MeshPod, NodeInput, TunnelKind};
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// The host's address towards its pods.
+pub(crate) const HOST: &str = "10.244.1.1";
+/// Address of the proxy.
+pub(crate) const PROXY: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 3);
+/// Addresses of the pods.
+pub(crate) const PODS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 244, 1, 4), Ipv4Addr::new(10, 244, 1, 5)];
+
+/// The namespaces; removed when dropped, also when a test panics.
+pub(crate) struct Bed {
+    prefix: String,
+    names: Vec<String>,
+    pub(crate) backend: IptablesBackend,
+}
+
+impl Bed {
+    /// A host with a proxy pod and two pods.
+    pub(crate) fn new(backend: IptablesBackend) -> Self {
+        let prefix = format!(
+            "ambit-t{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
+        let mut bed = Self {
+            prefix,
+            names: Vec::new(),
+            backend,
+        };
+        let host = bed.add("host");
+        sh(&format!(
+            "ip netns exec {host} sysctl -qw net.ipv4.ip_forward=1"
+        ));
+        bed.pod("proxy", PROXY);
+        for (name, ip) in [("a", PODS[0]), ("b", PODS[1])] {
+            bed.pod(name, ip);
+        }
+        bed
+    }
+
+    fn add(&mut self, name: &str) -> String {
+        let full = format!("{}-{name}", self.prefix);
+        self.names.push(full.clone());
+        sh(&format!(
+            "ip netns add {full} && ip -n {full} link set lo up"
+        ));
+        full
+    }
+
+    /// A pod as the CNI plugin ptp makes it.
+    pub(crate) fn pod(&mut self, name: &str, ip: Ipv4Addr) {
+        let pod = self.add(name);
+        let host = self.name("host");
+        sh(&format!(
+            "ip link add eth0 netns {pod} type veth peer name v{name} netns {host}
+             ip -n {pod} addr add {ip}/32 dev eth0
+             ip -n {pod} link set eth0 up
+             ip -n {pod} route add {HOST} dev eth0 scope link
+             ip -n {pod} route add default via {HOST}
+             ip -n {host} addr add {HOST}/32 dev v{name}
+             ip -n {host} link set v{name} up
+             ip -n {host} route add {ip}/32 dev v{name} scope host"
+        ));
+    }
+
+    /// Full name of a namespace.
+    pub(crate) fn name(&self, name: &str) -> String {
+        format!("{}-{name}", self.prefix)
+    }
+
+    pub(crate) fn netns(&self, name: &str) -> Netns {
+        Netns::open(&format!("/run/netns/{}", self.name(name))).unwrap()
+    }
+
+    /// Runs a command in a namespace; what it printed.
+    pub(crate) fn run(&self, name: &str, command: &str) -> String {
+        sh(&format!(
+            "nsenter --net=/run/netns/{} sh -ec '{command}'",
+            self.name(name)
+        ))
+    }
+
+    /// Whether a command succeeds in a namespace.
+    pub(crate) fn succeeds(&self, name: &str, command: &str) -> bool {
+        let path = format!("--net=/run/netns/{}", self.name(name));
+        Command::new("nsenter")
+            .args([&path, "sh", "-ec", command])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .unwrap()
+            .success()
+    }
+
+    pub(crate) fn save(&self, name: &str) -> String {
+        let program = match self.backend {
+            IptablesBackend::Nft => "iptables-nft-save",
+            IptablesBackend::Legacy => "iptables-legacy-save",
+        };
+        self.run(name, &format!("{program} -t mangle; {program} -t nat"))
+    }
+
+    /// Everything that a data path may touch on the host, for comparison.
+    pub(crate) fn dump(&self) -> String {
+        let text = self.run(
+            "host",
+            "ip -o link | cut -d: -f2; ip -o addr | cut -d\" \" -f2-6; ip rule; ip route show table all; \
+             ipset list -n; for f in /proc/sys/net/ipv4/conf/*/rp_filter; do echo $f $(cat $f); done",
+        );
+        text + &self
+            .save("host")
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+            .collect::<Vec<_>>()
+            .join("\n")
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        for name in &self.names {
+            // The other namespaces still have to go when one cannot.
+            let _ = Command::new("ip").args(["netns", "delete", name]).status();
+        }
+    }
+}
+
+/// Runs a shell script; what it printed.
+pub(crate) fn sh(script: &str) -> String {
+    let output = Command::new("sh").args(["-ec", script]).output().unwrap();
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success(),
+        "{script}\n{printed}{} (these tests need root, iproute2, ipset and iptables)",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    printed
+}
+
+/// The node's input with this many pods.
+pub(crate) fn input(pods: usize) -> NodeInput {
+    let end = |vni, network: &str| TunnelEnd {
+        vni,
+        network: InnerNetwork::new(network.parse().unwrap()).unwrap(),
+    };
+    let mark = |text: &str| text.parse().unwrap();
+    NodeInput {
+        tunnel: Tunnel {
+            kind: TunnelKind::Veth,
+            port: 6081,
+            inbound: end(1000, "192.168.126.0/30"),
+            outbound: end(1001, "192.168.127.0/30"),
+            mtu: 1500,
+        },
+        ports: Ports {
+            outbound: 15001,
+            inbound: 15008,
+            inbound_plaintext: 15006,
+        },
+        marks: Marks {
+            outbound: mark("0x100/0x100"),
+            skip: mark("0x200/0x200"),
+            proxied: mark("0x210/0x210"),
+            own: mark("0x220/0x220"),
+            return_: mark("0x40/0x40"),
+            tproxy: mark("0x400/0xfff"),
+            proxy_return: mark("0x4d3/0xfff"),
+        },
+        failure_mode: FailureMode::Closed,
+        proxy: Some(Proxy {
+            ip: PROXY,
+            host_device: "vproxy".to_owned(),
+            device: "eth0".to_owned(),
+            host_ip: HOST.parse().unwrap(),
+            default_rp_filter: "0".to_owned(),
+            serving: true,
+        }),
+        pods: PODS[..pods].iter().map(|ip| MeshPod { ip: *ip }).collect(),
+    }
+}
