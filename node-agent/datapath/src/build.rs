@@ -57,21 +57,26 @@ fn host_routes(input: &NodeInput, serving: Option<&Proxy>) -> Vec<Item> {
                 .map(|pod| unreachable(TABLE_INBOUND, pod.ip.into())),
         );
     }
-    let Some(proxy) = serving else { return routes };
     let via = |gateway, device: &str, onlink| Target::Via {
         gateway,
         device: device.to_owned(),
         onlink,
     };
+    // A proxy that died answers what it had proxied with RST, by the kernel of its namespace.
+    if let Some(Proxy {
+        ip, host_device, ..
+    }) = &input.proxy
+    {
+        routes.push(route(TABLE_RETURN, default, via(*ip, host_device, true)));
+    }
+    let Some(proxy) = serving else { return routes };
     let outbound = via(input.tunnel.outbound.network.proxy(), ISTIOOUT, false);
     let inbound = via(input.tunnel.inbound.network.proxy(), ISTIOIN, false);
-    let back = via(proxy.ip, &proxy.host_device, true);
     let to_proxy = Target::Link {
         device: proxy.host_device.clone(),
     };
     routes.push(route(TABLE_OUTBOUND, default, outbound));
     routes.push(route(TABLE_OUTBOUND, proxy.ip.into(), to_proxy));
-    routes.push(route(TABLE_RETURN, default, back));
     routes.extend(
         input
             .pods
@@ -183,8 +188,9 @@ fn host_mangle(marks: &Marks, proxy: Option<&Proxy>) -> Chains {
             ("INPUT", vec![save]),
             (
                 "OUTPUT",
+                // Only TCP: the host's own ICMP errors about such a connection go to its pod.
                 vec![format!(
-                    "-m connmark --mark {proxied} -j MARK --set-xmark {return_}"
+                    "-p tcp -m connmark --mark {proxied} -j MARK --set-xmark {return_}"
                 )],
             ),
         ],
@@ -311,6 +317,12 @@ fn proxy_mangle(input: &NodeInput, proxy: &Proxy) -> Chains {
     let (ports, mark) = (input.ports, input.marks.tproxy);
     let tproxy =
         |port: u16| format!("-j TPROXY --on-port {port} --on-ip 127.0.0.1 --tproxy-mark {mark}");
+    let answer = |protocol: &str| {
+        format!(
+            "! -d {}/32 -i {} -p {protocol} -j MARK --set-xmark {}",
+            proxy.ip, proxy.device, input.marks.proxy_return
+        )
+    };
     let prerouting = vec![
         format!(
             "-i {PISTIOIN} -p tcp -m tcp --dport {0} {1}",
@@ -319,10 +331,9 @@ fn proxy_mangle(input: &NodeInput, proxy: &Proxy) -> Chains {
         ),
         format!("-i {PISTIOIN} -p tcp {}", tproxy(ports.inbound_plaintext)),
         format!("-i {PISTIOOUT} -p tcp {}", tproxy(ports.outbound)),
-        format!(
-            "! -d {}/32 -i {} -p tcp -j MARK --set-xmark {}",
-            proxy.ip, proxy.device, input.marks.proxy_return
-        ),
+        answer("tcp"),
+        // Errors about what was dialled from a pod's address (RFC 792; path MTU, refusals).
+        answer("icmp"),
     ];
     chains(Table::Mangle, [("PREROUTING", prerouting)])
 }

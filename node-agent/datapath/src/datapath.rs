@@ -27,8 +27,7 @@ pub enum Place {
     Proxy,
 }
 
-/// One thing that the kernel holds. The order of the variants is the order in which they are made:
-/// what redirects comes after what it redirects to.
+/// One thing that the kernel holds.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Item {
     /// A network device.
@@ -243,7 +242,8 @@ impl Item {
         }
     }
 
-    /// Whether making `self` takes the place of `other` in one step.
+    /// Whether making `self` takes the place of `other` in one step. Rules never do: the new one must
+    /// be there while chains still set what the old one matches.
     #[must_use]
     pub fn replaces(&self, other: &Self) -> bool {
         match (self, other) {
@@ -252,7 +252,6 @@ impl Item {
             (Self::Route(new), Self::Route(old)) => {
                 (new.table, new.destination, new.metric) == (old.table, old.destination, old.metric)
             }
-            (Self::Rule(new), Self::Rule(old)) => new.priority == old.priority,
             (Self::Chains(new), Self::Chains(old)) => new.table == old.table,
             _ => false,
         }

@@ -14,10 +14,8 @@
 pub mod attachment;
 pub mod build;
 pub mod changes;
-
 pub mod datapath;
 pub mod facts;
-
 pub mod input;
 pub mod kernel;
 pub mod names;
@@ -27,5 +25,5 @@ pub mod plan;
 pub use build::build;
 pub use datapath::{Datapath, Item, Place};
 pub use input::{FailureMode, IptablesBackend, Mark, MeshPod, NodeInput, TunnelKind};
-pub use kernel::LinuxKernel;
+pub use kernel::{Kernel, LinuxKernel};
 pub use plan::{Plan, Step, plan};

@@ -4,7 +4,8 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use crate::datapath::{Datapath, Item, Place};
+use crate::datapath::{Datapath, Item, Place, Route, Target};
+use crate::names::{ISTIOIN, ISTIOOUT, TABLE_INBOUND, TABLE_OUTBOUND};
 
 /// Steps, in order. Empty when nothing is to be done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -38,6 +39,26 @@ pub enum Change {
     Remove(Item),
 }
 
+impl Change {
+    /// What goes and what comes.
+    #[must_use]
+    pub fn ends(&self) -> (Option<&Item>, Option<&Item>) {
+        match self {
+            Self::Add(new) => (None, Some(new)),
+            Self::Replace { old, new } => (Some(old), Some(new)),
+            Self::Remove(old) => (Some(old), None),
+        }
+    }
+
+    /// What comes, or else what goes.
+    #[must_use]
+    pub fn item(&self) -> &Item {
+        match self {
+            Self::Add(item) | Self::Replace { new: item, .. } | Self::Remove(item) => item,
+        }
+    }
+}
+
 impl Plan {
     /// Nothing to do.
     #[must_use]
@@ -48,20 +69,23 @@ impl Plan {
 
 /// The plan from `observed` to `desired`.
 ///
-/// Pods that leave the mesh lose their set membership first, then the proxy's side is built, then the
-/// host's from devices up to set members, then what is left over goes, in the opposite order.
+/// No prefix of it lets a mesh pod's traffic out in the clear, or sends what the proxy dials back to
+/// the proxy:
+/// 1. Pods that leave the mesh lose their set membership.
+/// 2. Without a proxy to send to, the routes to it go, so that the unreachable ones below them count.
+/// 3. Devices, the proxy's side, unreachable routes, rules and chains are made; only then the routes
+///    to the proxy (its own dials must be told apart by then), and last the members of the set.
+/// 4. What is left over goes in the opposite order.
 #[must_use]
 pub fn plan(desired: &Datapath, observed: &Datapath) -> Plan {
-    let observed = without_lost(desired, observed);
     let mut steps = Vec::new();
-    for item in observed.host.difference(&desired.host) {
-        if matches!(item, Item::Member(_)) {
-            steps.push(Step {
-                place: Place::Host,
-                change: Change::Remove(item.clone()),
-            });
-        }
+    let mut left = observed.clone();
+    let leaves = |item: &Item| matches!(item, Item::Member(_));
+    remove_early(leaves, desired, &mut left, &mut steps);
+    if !desired.host.iter().any(is_outbound) {
+        remove_early(is_to_proxy, desired, &mut left, &mut steps);
     }
+    let observed = without_lost(desired, &left);
     // The host's links come before the proxy's side: one end of a veth pair makes the other.
     additions(Place::Host, desired, &observed, is_link, &mut steps);
     additions(Place::Proxy, desired, &observed, |_| true, &mut steps);
@@ -76,6 +100,61 @@ pub fn plan(desired: &Datapath, observed: &Datapath) -> Plan {
         removals(place, desired, &observed, &mut steps);
     }
     Plan { steps }
+}
+
+fn remove_early(
+    which: impl Fn(&Item) -> bool,
+    desired: &Datapath,
+    left: &mut Datapath,
+    steps: &mut Vec<Step>,
+) {
+    let gone: Vec<Item> = left.host.difference(&desired.host).cloned().collect();
+    for item in gone.into_iter().filter(which) {
+        left.host.remove(&item);
+        steps.push(Step {
+            place: Place::Host,
+            change: Change::Remove(item),
+        });
+    }
+}
+
+/// A route that hands traffic to the proxy.
+fn is_to_proxy(item: &Item) -> bool {
+    matches!(item, Item::Route(Route { target: Target::Via { device, .. }, .. })
+        if [ISTIOIN, ISTIOOUT].contains(&device.as_str()))
+}
+
+fn is_outbound(item: &Item) -> bool {
+    is_to_proxy(item) && matches!(item, Item::Route(route) if route.table == TABLE_OUTBOUND)
+}
+
+/// Place of an item in the order of making.
+fn rank(item: &Item) -> u8 {
+    match item {
+        Item::Link(_) => 0,
+        Item::Up(_) => 1,
+        Item::Address(_) => 2,
+        Item::Sysctl(_) => 3,
+        Item::Route(route) if refuses(route) => 4,
+        Item::Rule(_) => 5,
+        Item::Set(_) => 6,
+        Item::Chains(_) => 7,
+        Item::Route(_) => 8,
+        Item::Member(_) => 9,
+    }
+}
+
+/// Place of an item in the order of removal: a pod that leaves loses its refusal before its way, so
+/// that it is reachable all the time.
+fn removal_rank(item: &Item) -> u8 {
+    match item {
+        Item::Route(route) if refuses(route) && route.table == TABLE_INBOUND => 0,
+        other => 10 - rank(other),
+    }
+}
+
+fn refuses(route: &Route) -> bool {
+    route.target == Target::Unreachable
 }
 
 fn is_link(item: &Item) -> bool {
@@ -122,7 +201,12 @@ fn additions(
     steps: &mut Vec<Step>,
 ) {
     let (desired, observed) = (desired.side(place), observed.side(place));
-    for new in desired.difference(observed).filter(|item| wanted(item)) {
+    let mut missing: Vec<&Item> = desired
+        .difference(observed)
+        .filter(|item| wanted(item))
+        .collect();
+    missing.sort_by_key(|item| rank(item));
+    for new in missing {
         let old = observed.difference(desired).find(|old| new.replaces(old));
         let change = match old {
             Some(old) => Change::Replace {
@@ -137,9 +221,11 @@ fn additions(
 
 fn removals(place: Place, desired: &Datapath, observed: &Datapath, steps: &mut Vec<Step>) {
     let (desired, observed) = (desired.side(place), observed.side(place));
-    for old in observed.iter().rev().filter(|old| !desired.contains(*old)) {
-        let replaced = desired.iter().any(|new| new.replaces(old)) || needs_no_removal(old);
-        if !replaced && !matches!((place, old), (Place::Host, Item::Member(_))) {
+    let mut extra: Vec<&Item> = observed.difference(desired).collect();
+    extra.sort_by_key(|item| removal_rank(item));
+    for old in extra {
+        let replaced = desired.iter().any(|new| new.replaces(old));
+        if !replaced && !needs_no_removal(old) {
             steps.push(Step {
                 place,
                 change: Change::Remove(old.clone()),

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use bed::{Bed, HOST, PROXY, input};
 use datapath::{
-    Datapath, FailureMode, IptablesBackend, LinuxKernel, NodeInput, TunnelKind, build, plan,
+    Datapath, FailureMode, IptablesBackend, Kernel, LinuxKernel, NodeInput, TunnelKind, build, plan,
 };
 
 fn kernel(bed: &Bed) -> LinuxKernel {

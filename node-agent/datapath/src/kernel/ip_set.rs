@@ -80,26 +80,34 @@ pub(super) fn destroy(netns: &Netns, name: &str) -> Result<(), IpSetError> {
     })
 }
 
-pub(super) fn add(netns: &Netns, ip: Ipv4Addr) -> Result<(), IpSetError> {
-    within(netns, || {
-        session(SET)
-            .add(IpAddr::V4(ip), &[])
-            .map(drop)
-            .map_err(|error| {
-                if error.to_string().contains("full") {
-                    IpSetError::Full(ip)
+/// Adds (`true`) and removes (`false`) addresses, in one session; the index of the one that failed.
+pub(super) fn change_members(
+    netns: &Netns,
+    changes: &[(Ipv4Addr, bool)],
+) -> Result<(), (usize, IpSetError)> {
+    netns
+        .run(|| {
+            let mut session = session(SET);
+            for (index, (ip, add)) in changes.iter().enumerate() {
+                let changed = if *add {
+                    session.add(IpAddr::V4(*ip), &[])
                 } else {
-                    failed("add to")(error)
-                }
-            })
-    })
+                    session.del(IpAddr::V4(*ip))
+                };
+                changed.map_err(|error| (index, member_error(*ip, *add, &error)))?;
+            }
+            Ok(())
+        })
+        .map_err(|error| (0, IpSetError::Enter(error)))?
 }
 
-pub(super) fn remove(netns: &Netns, ip: Ipv4Addr) -> Result<(), IpSetError> {
-    within(netns, || {
-        session(SET)
-            .del(IpAddr::V4(ip))
-            .map(drop)
-            .map_err(failed("remove from"))
-    })
+fn member_error(ip: Ipv4Addr, add: bool, error: &ipset::types::Error) -> IpSetError {
+    let message = error.to_string();
+    if message.contains("full") {
+        return IpSetError::Full(ip);
+    }
+    IpSetError::Library {
+        action: if add { "add to" } else { "remove from" },
+        message,
+    }
 }

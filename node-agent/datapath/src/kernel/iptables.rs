@@ -27,6 +27,9 @@ pub enum IptablesError {
     /// The program could not be run.
     #[error("run {0}")]
     Run(&'static str, #[source] io::Error),
+    /// The thread that ran the program died.
+    #[error("the thread that runs iptables died")]
+    Thread(#[source] io::Error),
     /// The program said no.
     #[error("{program} of table {table}: {message}")]
     Failed {

@@ -17,7 +17,7 @@ use netlink_packet_route::link::{
 use netlink_packet_route::route::RouteMessage;
 use rtnetlink::{Handle, IpVersion, LinkGeneve, LinkMessageBuilder, LinkUnspec, LinkVeth};
 
-use crate::datapath::{Address, Item, Link, Place, Route};
+use crate::datapath::{Address, Item, Link, Place};
 use crate::names::{ISTIOIN, ISTIOOUT, PISTIOIN, PISTIOOUT};
 use crate::netns::Netns;
 
@@ -181,23 +181,6 @@ impl Netlink {
         let described = new.or(old).map(ToString::to_string).unwrap_or_default();
         let failed = |error| NetlinkError::Change(described.clone(), error);
         match (old, new) {
-            (_, Some(Item::Route(route))) => {
-                let message = message::route(route, self.index_of(route).await?);
-                self.handle
-                    .route()
-                    .add(message)
-                    .replace()
-                    .execute()
-                    .await
-                    .map_err(failed)
-            }
-            (Some(Item::Route(route)), None) => {
-                let Ok(index) = self.index_of(route).await else {
-                    return Ok(());
-                };
-                let message = message::route(route, index);
-                gone(self.handle.route().del(message).execute().await).map_err(failed)
-            }
             (old, new @ (Some(Item::Rule(_)) | None)) if is_rule(old.or(new)) => {
                 if let Some(Item::Rule(rule)) = old {
                     let removed = self.handle.rule().del(message::rule(rule)).execute().await;
@@ -250,6 +233,23 @@ impl Netlink {
         }
     }
 
+    /// Makes, replaces or removes routes, all requests on their way at once; the index of the first
+    /// that failed.
+    pub(super) async fn change_routes(
+        &self,
+        changes: &[(Option<&Item>, Option<&Item>)],
+    ) -> Result<(), (usize, NetlinkError)> {
+        let indices = self.link_indices().await.map_err(|error| (0, error))?;
+        let requests = changes
+            .iter()
+            .map(|(old, new)| self.change_route(*old, *new, &indices));
+        let answers = futures::future::join_all(requests).await;
+        for (index, answer) in answers.into_iter().enumerate() {
+            answer.map_err(|error| (index, error))?;
+        }
+        Ok(())
+    }
+
     /// Whether the kernel does not know the kind of this device.
     pub(crate) async fn is_unsupported(&self, message: LinkMessage) -> bool {
         let made = self.handle.link().add(message).execute().await;
@@ -264,11 +264,31 @@ impl Netlink {
             .ok_or_else(|| NetlinkError::NoDevice(device.to_owned()))
     }
 
-    async fn index_of(&self, route: &Route) -> Result<Option<u32>, NetlinkError> {
-        match message::route_device(route) {
-            Some(device) => self.device(device).await.map(Some),
-            None => Ok(None),
+    async fn change_route(
+        &self,
+        old: Option<&Item>,
+        new: Option<&Item>,
+        indices: &BTreeMap<String, u32>,
+    ) -> Result<(), NetlinkError> {
+        let Some(Item::Route(route)) = new.or(old) else {
+            return Ok(());
+        };
+        let failed = |error| NetlinkError::Change(format!("ip route {route}"), error);
+        let device = message::route_device(route);
+        let index = device.and_then(|device| indices.get(device)).copied();
+        if let (Some(device), None) = (device, index) {
+            // A route that is to go has gone with its device.
+            return match new {
+                Some(_) => Err(NetlinkError::NoDevice(device.to_owned())),
+                None => Ok(()),
+            };
         }
+        let (message, routes) = (message::route(route, index), self.handle.route());
+        match new {
+            Some(_) => routes.add(message).replace().execute().await,
+            None => gone(routes.del(message).execute().await),
+        }
+        .map_err(failed)
     }
 
     async fn remove_link(&self, link: &Link) -> Result<(), NetlinkError> {
@@ -403,10 +423,10 @@ fn host_link(link: &LinkMessage, peers: &BTreeMap<String, u32>) -> Link {
         Some(InfoKind::Geneve) => geneve(link),
         Some(InfoKind::Veth) => {
             let peer = format!("p{name}");
-            let attached = peers.get(&peer).copied() == peer_index(link);
+            let attached = peer_index(link).is_some_and(|index| peers.get(&peer) == Some(&index));
             Link::Veth {
                 name,
-                peer: (attached && !peers.is_empty()).then_some(peer),
+                peer: attached.then_some(peer),
                 mtu: mtu(link),
             }
         }

@@ -1,0 +1,239 @@
+//! The real kernel: reads and writes both namespaces, one dump a kind, changes of a kind together.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use crate::datapath::{Datapath, Item, Place, Table};
+use crate::input::IptablesBackend;
+use crate::kernel::ip_set;
+use crate::kernel::iptables::{Iptables, IptablesError};
+use crate::kernel::netlink::Netlink;
+use crate::kernel::{ApplyError, Kernel, KernelError, sysctl};
+use crate::netns::Netns;
+use crate::plan::{Change, Plan, Step};
+
+/// Requests that wait for the kernel's answer at a time: their answers fit in a socket's buffer.
+const BATCH: usize = 64;
+
+/// The kernel of this node: the host's namespace, and the proxy's when one is attached.
+#[derive(Debug)]
+pub struct LinuxKernel {
+    host: Side,
+    proxy: Option<Side>,
+    backend: IptablesBackend,
+    proc_root: PathBuf,
+}
+
+/// One namespace.
+#[derive(Debug)]
+struct Side {
+    netns: Netns,
+    netlink: Netlink,
+    iptables: Iptables,
+}
+
+impl LinuxKernel {
+    /// The kernel without a proxy. `proc_root` is where `/proc/sys/net` can be written.
+    ///
+    /// # Errors
+    /// If netlink cannot be opened.
+    pub fn new(backend: IptablesBackend, proc_root: PathBuf) -> Result<Self, KernelError> {
+        Self::in_namespace(Netns::own(), backend, proc_root)
+    }
+
+    /// A kernel whose host side is another namespace than this process's own.
+    ///
+    /// # Errors
+    /// If the namespace cannot be entered.
+    pub fn in_namespace(
+        host: Netns,
+        backend: IptablesBackend,
+        proc_root: PathBuf,
+    ) -> Result<Self, KernelError> {
+        let host = Side::open(host, Place::Host, backend)?;
+        Ok(Self {
+            host,
+            proxy: None,
+            backend,
+            proc_root,
+        })
+    }
+
+    async fn observe_host(&self, interest: &BTreeSet<Item>) -> Result<BTreeSet<Item>, KernelError> {
+        let side = &self.host;
+        let mut items = self.observe_side(side, Place::Host, interest).await?;
+        let peers = match &self.proxy {
+            Some(proxy) => proxy.netlink.link_indices().await?,
+            None => BTreeMap::new(),
+        };
+        items.extend(side.netlink.host_links(&peers).await?);
+        let (mangle, nat) = tokio::try_join!(side.chains(Table::Mangle), side.chains(Table::Nat))?;
+        items.extend(mangle);
+        items.extend(nat);
+        items.extend(ip_set::observe(&side.netns)?);
+        Ok(items)
+    }
+
+    async fn observe_side(
+        &self,
+        side: &Side,
+        place: Place,
+        interest: &BTreeSet<Item>,
+    ) -> Result<BTreeSet<Item>, KernelError> {
+        let mut items = side.netlink.observe(place).await?;
+        items.extend(sysctl::observe(&self.proc_root, &side.netns, interest)?);
+        Ok(items)
+    }
+
+    /// Takes steps of one kind in one place; the index of the one that failed.
+    async fn take(&self, steps: &[Step]) -> Result<(), (usize, KernelError)> {
+        let Some(first) = steps.first() else {
+            return Ok(());
+        };
+        let side = match first.place {
+            Place::Host => &self.host,
+            Place::Proxy => self.proxy.as_ref().ok_or((0, KernelError::Detached))?,
+        };
+        let proxy = self.proxy.as_ref().map(|proxy| &proxy.netns);
+        let at = |(index, error): (usize, _)| (index, KernelError::Netlink(error));
+        match kind(first) {
+            Kind::Members => {
+                let changes: Vec<_> = steps.iter().filter_map(member).collect();
+                ip_set::change_members(&side.netns, &changes)
+                    .map_err(|(index, error)| (index, error.into()))
+            }
+            Kind::Routes => {
+                let changes: Vec<_> = steps.iter().map(|step| step.change.ends()).collect();
+                side.netlink.change_routes(&changes).await.map_err(at)
+            }
+            Kind::Single => {
+                let (old, new) = first.change.ends();
+                match new.or(old) {
+                    Some(Item::Chains(_)) => side.replace(old, new).await,
+                    Some(Item::Set(_)) => change_set(&side.netns, old, new),
+                    Some(Item::Sysctl(_)) => sysctl::write(&self.proc_root, &side.netns, old, new)
+                        .map_err(KernelError::from),
+                    _ => side
+                        .netlink
+                        .change(old, new, proxy)
+                        .await
+                        .map_err(KernelError::from),
+                }
+                .map_err(|error| (0, error))
+            }
+        }
+    }
+}
+
+impl Kernel for LinuxKernel {
+    fn attach(&mut self, proxy: Netns) -> Result<(), KernelError> {
+        self.proxy = Some(Side::open(proxy, Place::Proxy, self.backend)?);
+        Ok(())
+    }
+
+    fn detach(&mut self) {
+        self.proxy = None;
+    }
+
+    async fn observe(&self, interest: &Datapath) -> Result<Datapath, KernelError> {
+        let host = self.observe_host(&interest.host).await?;
+        let mut proxy = BTreeSet::new();
+        if let Some(side) = &self.proxy {
+            proxy = self
+                .observe_side(side, Place::Proxy, &interest.proxy)
+                .await?;
+            proxy.extend(side.chains(Table::Mangle).await?);
+        }
+        Ok(Datapath { host, proxy })
+    }
+
+    async fn apply(&self, plan: &Plan) -> Result<(), ApplyError> {
+        let together = |a: &Step, b: &Step| {
+            let kind = kind(a);
+            kind != Kind::Single && kind == self::kind(b) && a.place == b.place
+        };
+        for group in plan.steps.chunk_by(together) {
+            for steps in group.chunks(BATCH) {
+                for step in steps {
+                    tracing::debug!(%step, "apply");
+                }
+                self.take(steps)
+                    .await
+                    .map_err(|(index, cause)| ApplyError {
+                        step: Box::new(steps[index.min(steps.len() - 1)].clone()),
+                        cause,
+                    })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What may be changed together: the order among such steps does not matter.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Members,
+    Routes,
+    Single,
+}
+
+fn kind(step: &Step) -> Kind {
+    match step.change.item() {
+        Item::Member(_) => Kind::Members,
+        Item::Route(_) => Kind::Routes,
+        _ => Kind::Single,
+    }
+}
+
+fn member(step: &Step) -> Option<(std::net::Ipv4Addr, bool)> {
+    match &step.change {
+        Change::Add(Item::Member(ip))
+        | Change::Replace {
+            new: Item::Member(ip),
+            ..
+        } => Some((*ip, true)),
+        Change::Remove(Item::Member(ip)) => Some((*ip, false)),
+        _ => None,
+    }
+}
+
+fn change_set(netns: &Netns, old: Option<&Item>, new: Option<&Item>) -> Result<(), KernelError> {
+    match (old, new) {
+        (None, Some(Item::Set(name))) => ip_set::create(netns, name)?,
+        (Some(Item::Set(name)), None) => ip_set::destroy(netns, name)?,
+        _ => {}
+    }
+    Ok(())
+}
+
+impl Side {
+    fn open(netns: Netns, place: Place, backend: IptablesBackend) -> Result<Self, KernelError> {
+        let netlink = Netlink::open(&netns).map_err(|error| KernelError::Enter(place, error))?;
+        Ok(Self {
+            netns,
+            netlink,
+            iptables: Iptables::new(backend),
+        })
+    }
+
+    /// Our chains of a table. Programs run on threads of their own: they take tens of milliseconds.
+    async fn chains(&self, table: Table) -> Result<Option<Item>, KernelError> {
+        let (iptables, netns) = (self.iptables, self.netns.clone());
+        let chains = aside(move || iptables.observe(table, &netns)).await?;
+        Ok(chains.map(Item::Chains))
+    }
+
+    async fn replace(&self, old: Option<&Item>, new: Option<&Item>) -> Result<(), KernelError> {
+        let (iptables, netns) = (self.iptables, self.netns.clone());
+        let (old, new) = (old.cloned(), new.cloned());
+        Ok(aside(move || iptables.replace(old.as_ref(), new.as_ref(), &netns)).await?)
+    }
+}
+
+async fn aside<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, IptablesError> + Send + 'static,
+) -> Result<T, IptablesError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(IptablesError::Thread(std::io::Error::other(error))))
+}
