@@ -1,0 +1,84 @@
+//! Sockets: transparent listeners, and dials from a pod's own address.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+
+/// How long a dial may take.
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+const BACKLOG: i32 = 4096;
+
+/// A socket that could not be made or connected.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DialError {
+    #[error("make a socket from {0:?}")]
+    Socket(Option<IpAddr>, #[source] io::Error),
+    #[error("connect to {0}")]
+    Connect(SocketAddr, #[source] io::Error),
+    #[error("connect to {0}: no answer in {CONNECT_TIMEOUT:?}")]
+    Timeout(SocketAddr),
+}
+
+/// Listens on a port for connections to any address (TPROXY). Accepted sockets inherit its options.
+pub(crate) fn listen(port: u16) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.set_ip_transparent_v4(true)?;
+    set_common(&socket)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)).into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+fn set_common(socket: &Socket) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
+    // Finds a dead peer after about half an hour of silence at most.
+    let keepalive = TcpKeepalive::new()
+        .with_time(Duration::from_secs(180))
+        .with_interval(Duration::from_secs(60))
+        .with_retries(9);
+    socket.set_tcp_keepalive(&keepalive)
+}
+
+/// Connects, from this address if one is given: it need not be one of this namespace's own.
+pub(crate) async fn dial(source: Option<IpAddr>, to: SocketAddr) -> Result<TcpStream, DialError> {
+    let socket = prepare(source, to).map_err(|error| DialError::Socket(source, error))?;
+    match tokio::time::timeout(CONNECT_TIMEOUT, socket.connect(to)).await {
+        Ok(connected) => connected.map_err(|error| DialError::Connect(to, error)),
+        Err(_) => Err(DialError::Timeout(to)),
+    }
+}
+
+fn prepare(source: Option<IpAddr>, to: SocketAddr) -> io::Result<TcpSocket> {
+    let domain = if to.is_ipv4() {
+        Domain::IPV4
+    } else {
+        Domain::IPV6
+    };
+    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+    set_common(&socket)?;
+    socket.set_nonblocking(true)?;
+    if let Some(source) = source {
+        match source {
+            IpAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
+            IpAddr::V6(_) => socket.set_ip_transparent_v6(true)?,
+        }
+        // The port is chosen at connect, when the whole tuple is known: more than one per port.
+        setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+    }
+    Ok(TcpSocket::from_std_stream(socket.into()))
+}
+
+/// Ends a connection with RST instead of FIN: what was sent on it did not arrive.
+pub(crate) fn reset(stream: TcpStream) {
+    if let Err(error) = stream.set_zero_linger() {
+        tracing::debug!(%error, "reset a connection");
+    }
+}

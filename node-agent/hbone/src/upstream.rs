@@ -1,0 +1,331 @@
+//! Where a connection of a local pod goes. Pure.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use crate::directory::{Balancing, Directory, Scope, Service, Workload};
+use crate::local::{LocalWorkload, LocalWorkloads};
+
+/// Port of HBONE on every workload that speaks it.
+pub const HBONE_PORT: u16 = 15008;
+
+/// How many endpoints of a service are tried.
+const TRIES: usize = 3;
+
+/// One way to reach the destination.
+#[derive(Clone, Debug)]
+pub enum Upstream {
+    /// A tunnel to the proxy of another node.
+    Hbone {
+        /// The workload behind it.
+        workload: Arc<Workload>,
+        /// Its address and its own port.
+        endpoint: SocketAddr,
+    },
+    /// A pod of this node that is in the mesh.
+    Local {
+        /// The pod.
+        destination: Arc<LocalWorkload>,
+        /// What the directory knows about it.
+        workload: Option<Arc<Workload>>,
+        /// Its address and its own port.
+        endpoint: SocketAddr,
+    },
+    /// Something outside the mesh.
+    Plain {
+        /// What the directory knows about it.
+        workload: Option<Arc<Workload>>,
+        /// Its address and port.
+        endpoint: SocketAddr,
+    },
+}
+
+/// The ways to a destination, the best first, and the service that it is an address of.
+#[derive(Clone, Debug)]
+pub struct Choice {
+    /// The service, if the destination is a virtual address.
+    pub service: Option<Arc<Service>>,
+    /// The ways.
+    pub upstreams: Vec<Upstream>,
+}
+
+/// Why there is no way.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// Not a port of the service.
+    #[error("service {0} has no port {1}")]
+    NoPort(Arc<str>, u16),
+    /// Nothing behind the service is ready.
+    #[error("service {0} has no ready endpoint for port {1}")]
+    NoEndpoint(Arc<str>, u16),
+}
+
+impl Upstream {
+    /// Its address and port.
+    #[must_use]
+    pub fn endpoint(&self) -> SocketAddr {
+        match self {
+            Self::Hbone { endpoint, .. }
+            | Self::Local { endpoint, .. }
+            | Self::Plain { endpoint, .. } => *endpoint,
+        }
+    }
+
+    /// What the directory knows about it.
+    #[must_use]
+    pub fn workload(&self) -> Option<&Arc<Workload>> {
+        match self {
+            Self::Hbone { workload, .. } => Some(workload),
+            Self::Local { workload, .. } | Self::Plain { workload, .. } => workload.as_ref(),
+        }
+    }
+}
+
+/// Chooses. `shuffle` gives a number for an endpoint; equal ones in preference are ordered by it.
+///
+/// # Errors
+/// If the destination is a service that cannot be reached.
+pub fn choose(
+    directory: &Directory,
+    local: &LocalWorkloads,
+    source: &LocalWorkload,
+    destination: SocketAddr,
+    mut shuffle: impl FnMut(&Workload) -> u64,
+) -> Result<Choice, Refusal> {
+    let Some(service) = directory.service_at(destination.ip()) else {
+        let workload = directory.workload_at(destination.ip());
+        let upstreams = vec![way(local, workload, destination)];
+        return Ok(Choice {
+            service: None,
+            upstreams,
+        });
+    };
+    let port = destination.port();
+    if !service.ports.contains(&port) {
+        return Err(Refusal::NoPort(service.key.clone(), port));
+    }
+    let client = source
+        .addresses
+        .first()
+        .and_then(|address| directory.workload_at(*address));
+    let mut ranked: Vec<(usize, u64, &Arc<Workload>, SocketAddr)> = directory
+        .endpoints(&service.key)
+        .filter(|workload| workload.healthy || service.balancing.allow_unhealthy)
+        .filter_map(|workload| {
+            let target = *workload.services.get(&service.key)?.get(&port)?;
+            let ip = *workload
+                .addresses
+                .iter()
+                .find(|ip| ip.is_ipv4() == destination.is_ipv4())?;
+            let shared = shared(&service.balancing, client.map(|client| &**client), workload);
+            Some((
+                shared,
+                shuffle(workload),
+                workload,
+                SocketAddr::new(ip, target),
+            ))
+        })
+        .collect();
+    if service.balancing.strict {
+        ranked.retain(|(shared, ..)| *shared == service.balancing.preference.len());
+    }
+    ranked.sort_by_key(|(shared, shuffled, ..)| (std::cmp::Reverse(*shared), *shuffled));
+    ranked.truncate(TRIES);
+    if ranked.is_empty() {
+        return Err(Refusal::NoEndpoint(service.key.clone(), port));
+    }
+    let upstreams = ranked
+        .into_iter()
+        .map(|(_, _, workload, endpoint)| way(local, Some(workload), endpoint))
+        .collect();
+    Ok(Choice {
+        service: Some(service.clone()),
+        upstreams,
+    })
+}
+
+fn way(local: &LocalWorkloads, workload: Option<&Arc<Workload>>, endpoint: SocketAddr) -> Upstream {
+    let workload = workload.cloned();
+    if let Some(destination) = local.at(endpoint.ip()) {
+        return Upstream::Local {
+            destination: destination.clone(),
+            workload,
+            endpoint,
+        };
+    }
+    match workload {
+        // Never in plaintext, also when its proxy turns out not to answer.
+        Some(workload) if workload.hbone => Upstream::Hbone { workload, endpoint },
+        workload => Upstream::Plain { workload, endpoint },
+    }
+}
+
+/// How many scopes of the preference, from the first on, client and endpoint share.
+fn shared(balancing: &Balancing, client: Option<&Workload>, endpoint: &Workload) -> usize {
+    let Some(client) = client else { return 0 };
+    balancing
+        .preference
+        .iter()
+        .take_while(|scope| match scope {
+            Scope::Region => client.locality.region == endpoint.locality.region,
+            Scope::Zone => client.locality.zone == endpoint.locality.zone,
+            Scope::Subzone => client.locality.subzone == endpoint.locality.subzone,
+            Scope::Node => client.node == endpoint.node,
+            Scope::Cluster => client.cluster == endpoint.cluster,
+            Scope::Network => client.network == endpoint.network,
+        })
+        .count()
+}
+
+/// Whether an address belongs to the proxy itself: a connection to it did not come by TPROXY.
+#[must_use]
+pub fn is_own(proxy: Option<IpAddr>, destination: SocketAddr) -> bool {
+    destination.ip().is_loopback() || Some(destination.ip()) == proxy
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::identity::{SpiffeId, TrustDomain};
+
+    fn identity() -> SpiffeId {
+        SpiffeId::new(&TrustDomain::new("td").unwrap(), "shop", "default").unwrap()
+    }
+
+    fn workload(name: &str, ip: &str, node: &str) -> Workload {
+        let ports = BTreeMap::from([(80, 8080)]);
+        Workload {
+            uid: name.into(),
+            name: name.to_owned(),
+            namespace: "shop".to_owned(),
+            identity: identity(),
+            addresses: vec![ip.parse().unwrap()],
+            node: node.to_owned(),
+            network: String::new(),
+            hbone: true,
+            healthy: true,
+            locality: Locality::default(),
+            workload_name: name.to_owned(),
+            canonical_name: name.to_owned(),
+            canonical_revision: "latest".to_owned(),
+            cluster: "Kubernetes".to_owned(),
+            services: BTreeMap::from([("shop/web".into(), ports)]),
+            policies: Vec::new(),
+        }
+    }
+
+    use crate::directory::Locality;
+
+    fn service(balancing: Balancing) -> Service {
+        Service {
+            key: "shop/web".into(),
+            name: "web".to_owned(),
+            namespace: "shop".to_owned(),
+            hostname: "web.shop.svc.cluster.local".to_owned(),
+            addresses: vec!["10.96.0.10".parse().unwrap()],
+            ports: vec![80],
+            balancing,
+        }
+    }
+
+    fn client() -> LocalWorkload {
+        LocalWorkload {
+            uid: "c".into(),
+            namespace: "shop".to_owned(),
+            name: "client".to_owned(),
+            identity: identity(),
+            addresses: vec!["10.0.1.1".parse().unwrap()],
+        }
+    }
+
+    fn world(balancing: Balancing) -> Directory {
+        let mut directory = Directory::default();
+        directory.put_service(service(balancing));
+        let mut me = workload("client", "10.0.1.1", "n1");
+        me.services.clear();
+        directory.put_workload(me);
+        directory.put_workload(workload("near", "10.0.1.2", "n1"));
+        directory.put_workload(workload("far", "10.0.2.2", "n2"));
+        directory
+    }
+
+    fn ways(directory: &Directory, to: &str) -> Result<Vec<Upstream>, Refusal> {
+        let source = client();
+        let local = LocalWorkloads::from_iter([source.clone()]);
+        choose(directory, &local, &source, to.parse().unwrap(), |_| 0)
+            .map(|choice| choice.upstreams)
+    }
+
+    #[test]
+    fn a_cluster_ip_becomes_an_endpoint_with_its_own_port() {
+        let ways = ways(&world(Balancing::default()), "10.96.0.10:80").unwrap();
+        assert_eq!(ways.len(), 2);
+        assert!(ways.iter().all(|way| way.endpoint().port() == 8080));
+    }
+
+    #[test]
+    fn a_port_that_a_service_lacks_is_refused() {
+        assert!(matches!(
+            ways(&world(Balancing::default()), "10.96.0.10:81"),
+            Err(Refusal::NoPort(_, 81))
+        ));
+    }
+
+    #[test]
+    fn a_service_without_ready_endpoints_is_refused() {
+        let mut directory = world(Balancing::default());
+        for (name, ip) in [("near", "10.0.1.2"), ("far", "10.0.2.2")] {
+            directory.put_workload(Workload {
+                healthy: false,
+                ..workload(name, ip, "n1")
+            });
+        }
+        assert!(matches!(
+            ways(&directory, "10.96.0.10:80"),
+            Err(Refusal::NoEndpoint(..))
+        ));
+    }
+
+    #[test]
+    fn the_clients_own_node_comes_first_where_it_is_preferred() {
+        let balancing = Balancing {
+            preference: vec![Scope::Node],
+            ..Balancing::default()
+        };
+        let ways = ways(&world(balancing), "10.96.0.10:80").unwrap();
+        assert_eq!(ways[0].endpoint(), "10.0.1.2:8080".parse().unwrap());
+    }
+
+    #[test]
+    fn strict_leaves_only_what_shares_all() {
+        let balancing = Balancing {
+            preference: vec![Scope::Node],
+            strict: true,
+            ..Balancing::default()
+        };
+        assert_eq!(ways(&world(balancing), "10.96.0.10:80").unwrap().len(), 1);
+    }
+
+    #[test]
+    fn an_unknown_address_is_passed_through() {
+        let ways = ways(&world(Balancing::default()), "198.51.100.10:443").unwrap();
+        assert!(matches!(
+            ways.as_slice(),
+            [Upstream::Plain { workload: None, .. }]
+        ));
+    }
+
+    #[test]
+    fn a_remote_mesh_pod_is_never_reached_in_plaintext() {
+        let ways = ways(&world(Balancing::default()), "10.0.2.2:9").unwrap();
+        assert!(matches!(ways.as_slice(), [Upstream::Hbone { .. }]));
+    }
+
+    #[test]
+    fn a_pod_reaches_itself_locally() {
+        let ways = ways(&world(Balancing::default()), "10.0.1.1:9").unwrap();
+        assert!(matches!(ways.as_slice(), [Upstream::Local { .. }]));
+    }
+}
