@@ -15,7 +15,7 @@ RUN set -eu; \
     mkdir /out; \
     if [ -n "$PREBUILT" ]; then cp "$PREBUILT"/* /out; exit; fi; \
     apt-get update; \
-    apt-get install -y --no-install-recommends clang cmake libclang-dev libipset-dev; \
+    apt-get install -y --no-install-recommends libclang-dev libipset-dev; \
     cargo build --release --locked --bins; \
     cd target/release; \
     cp ambit-controller ambit-node-agent ambit-proxy podtool load /out
