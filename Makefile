@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(AMBIT_CACHE)/target/$(shell (rustc -V; cat Cargo.lo
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: prerequisites
 prerequisites: ## what a fresh Debian machine lacks (packages; names a missing or too old Rust or Go)
@@ -22,3 +22,19 @@ build: prerequisites ## the three programs, release profile
 .PHONY: test
 test: prerequisites ## every ring of tests, lints first; ends with "N passed, N failed"
 	tests/run-rings
+
+.PHONY: images
+images: prerequisites ## the container images, as archives that containerd imports; prints their paths
+	@tests/images
+
+.PHONY: bench
+bench: prerequisites ## the mesh against plain TCP and raw TLS: a table, and target/bench/latest.json
+	tests/run-bench
+
+.PHONY: demo
+demo: prerequisites ## a real two-node cluster on this machine, with Ambit and a sample application in it
+	@tests/demo
+
+.PHONY: demo-down
+demo-down: ## takes the demo's cluster away, and leaves nothing of it
+	@tests/cluster/down demo
