@@ -11,4 +11,5 @@
 pub mod capture;
 pub mod cluster;
 pub mod command;
+pub mod manifest;
 pub mod wait;

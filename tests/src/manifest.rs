@@ -39,19 +39,38 @@ impl<'a> Pod<'a> {
     /// A pod with nothing special.
     #[must_use]
     pub fn new(namespace: &'a str, name: &'a str, node: &'a str) -> Self {
-        Self { namespace, name, node, mode: None, host_network: false, probe: None }
+        Self {
+            namespace,
+            name,
+            node,
+            mode: None,
+            host_network: false,
+            probe: None,
+        }
     }
 
     /// Its manifests.
     #[must_use]
     pub fn manifests(&self) -> String {
-        let Self { namespace, name, node, host_network, .. } = self;
-        let mode = self.mode.map_or_else(String::new, |mode| format!(", istio.io/dataplane-mode: {mode}"));
+        let Self {
+            namespace,
+            name,
+            node,
+            host_network,
+            ..
+        } = self;
+        let mode = self.mode.map_or_else(String::new, |mode| {
+            format!(", istio.io/dataplane-mode: {mode}")
+        });
         let probes = self.probe.map_or_else(String::new, |probe| {
             format!(", readinessProbe: {probe}, livenessProbe: {probe}")
         });
         // A pod of the node's own network must not collide with another's ports there.
-        let serve = if *host_network { "[serve, --tcp, '19000', --http, '18080', --udp, '15353']" } else { "[serve]" };
+        let serve = if *host_network {
+            "[serve, --tcp, '19000', --http, '18080', --udp, '15353']"
+        } else {
+            "[serve]"
+        };
         format!(
             "apiVersion: v1
 kind: ServiceAccount

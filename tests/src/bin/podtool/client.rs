@@ -1,0 +1,58 @@
+//! The clients: each makes one kind of traffic and tells what came of it.
+
+mod hbone;
+mod http;
+mod tcp;
+mod udp;
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use tokio::net::{TcpStream, lookup_host};
+
+use crate::args::Command;
+
+/// Runs one client.
+pub(crate) async fn run(command: Command) -> Result<Value> {
+    match command {
+        Command::Serve(_) => bail!("serve is no client"),
+        Command::Send { to, text } => tcp::send(&to, &text).await,
+        Command::Dribble { to, bytes } => tcp::dribble(&to, bytes).await,
+        Command::Hold { to } => tcp::hold(&to).await,
+        Command::HalfClose { to, text } => tcp::half_close(&to, &text).await,
+        Command::Connect { to } => tcp::connect(&to).await,
+        Command::Http {
+            url,
+            requests,
+            keep_alive,
+            h2,
+        } => http::get(&url, requests, keep_alive, h2).await,
+        Command::Download { url } => http::download(&url).await,
+        Command::Upload { url, bytes } => http::upload(&url, bytes).await,
+        Command::Udp { to, text } => udp::send(&to, &text).await,
+        Command::Resolve { name } => resolve(&name).await,
+        Command::Hbone {
+            to,
+            authority,
+            certificate,
+            text,
+        } => hbone::dial(&to, &authority, certificate, &text).await,
+    }
+}
+
+async fn resolve(name: &str) -> Result<Value> {
+    let found = lookup_host((name, 0))
+        .await
+        .with_context(|| format!("look {name} up"))?;
+    let addresses: BTreeSet<_> = found.map(|address| address.ip()).collect();
+    Ok(json!({"addresses": addresses}))
+}
+
+async fn open(to: &str) -> Result<TcpStream> {
+    let stream = TcpStream::connect(to)
+        .await
+        .with_context(|| format!("connect to {to}"))?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
