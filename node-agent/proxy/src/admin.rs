@@ -1,0 +1,118 @@
+//! What people look at: `/config_dump`, in the field's form, so that its tools can read it.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use axum::extract::State;
+use axum::routing::get;
+use axum::{Json, Router};
+use hbone::Shared;
+use hbone::certificates::Certificate;
+use hbone::directory::{Directory, Service, Workload};
+use serde_json::{Value, json};
+
+/// The pages.
+pub(crate) fn router(shared: Arc<Shared>) -> Router {
+    Router::new()
+        .route("/config_dump", get(config_dump))
+        .with_state(shared)
+}
+
+async fn config_dump(State(shared): State<Arc<Shared>>) -> Json<Value> {
+    let directory = shared.directory.load_full();
+    let by_uid = |shared: &Shared| -> Vec<Value> {
+        let local = shared.local.load();
+        local.iter().map(|workload| json!({
+            "uid": &*workload.uid,
+            "namespace": workload.namespace,
+            "name": workload.name,
+            "identity": workload.identity.to_string(),
+            "workloadIps": workload.addresses,
+        })).collect()
+    };
+    Json(json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "config": {
+            "trustDomain": shared.settings.trust_domain.as_str(),
+            "clusterId": shared.settings.cluster,
+        },
+        "workloads": directory.workloads().map(|found| workload(found)).collect::<Vec<_>>(),
+        "services": directory.services().map(|found| service(&directory, found)).collect::<Vec<_>>(),
+        "policies": directory.policies().map(|(name, policy)| json!({
+            "name": &**name,
+            "namespace": policy.namespace,
+            "scope": format!("{:?}", policy.scope),
+            "action": format!("{:?}", policy.action),
+            "dryRun": policy.dry_run,
+            "rules": policy.rules.len(),
+        })).collect::<Vec<_>>(),
+        "certificates": certificates(&shared),
+        "workloadState": by_uid(&shared),
+        "tunnels": shared.tunnels(),
+    }))
+}
+
+fn workload(found: &Workload) -> Value {
+    json!({
+        "uid": &*found.uid,
+        "name": found.name,
+        "namespace": found.namespace,
+        "workloadIps": found.addresses,
+        "protocol": if found.hbone { "HBONE" } else { "TCP" },
+        "trustDomain": found.identity.trust_domain().as_str(),
+        "serviceAccount": found.identity.service_account(),
+        "node": found.node,
+        "network": found.network,
+        "status": if found.healthy { "Healthy" } else { "Unhealthy" },
+        "workloadName": found.workload_name,
+        "canonicalName": found.canonical_name,
+        "canonicalRevision": found.canonical_revision,
+        "clusterId": found.cluster,
+        "locality": {
+            "region": found.locality.region,
+            "zone": found.locality.zone,
+            "subzone": found.locality.subzone,
+        },
+        "services": found.services.keys().map(|key| &**key).collect::<Vec<_>>(),
+        "authorizationPolicies": found.policies.iter().map(|name| &**name).collect::<Vec<_>>(),
+    })
+}
+
+fn service(directory: &Directory, found: &Service) -> Value {
+    let vips: Vec<String> = found.addresses.iter().map(IpAddr::to_string).collect();
+    let endpoints = directory.endpoints(&found.key).map(|endpoint| {
+        let ports = endpoint.services.get(&found.key);
+        json!({"workloadUid": &*endpoint.uid, "port": ports})
+    });
+    json!({
+        "name": found.name,
+        "namespace": found.namespace,
+        "hostname": found.hostname,
+        "vips": vips,
+        "ports": found.ports,
+        "endpoints": endpoints.collect::<Vec<_>>(),
+    })
+}
+
+fn certificates(shared: &Shared) -> Vec<Value> {
+    let now = SystemTime::now();
+    let states = shared.certificates.states();
+    let dump = |identity: String, state: &str, certificate: Option<&Arc<Certificate>>| {
+        json!({
+            "identity": identity,
+            "state": state,
+            "certChain": certificate.map_or_else(Vec::new, |found| found.chain_pem.clone()),
+            "rootCerts": certificate.map_or_else(Vec::new, |found| vec![found.roots_pem.clone()]),
+        })
+    };
+    let rows = states.iter().map(|(identity, state)| {
+        let word = match (state.valid(now), &state.error) {
+            (Some(_), _) => "Available".to_owned(),
+            (None, Some(error)) => format!("Unavailable: {error}"),
+            (None, None) => "Initializing".to_owned(),
+        };
+        dump(identity.to_string(), &word, state.certificate.as_ref())
+    });
+    rows.collect()
+}
