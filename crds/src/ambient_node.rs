@@ -1,9 +1,15 @@
 //! `AmbientNode`: what one node should do for the mesh, and what it does.
+#![allow(
+    clippy::duplicated_attributes,
+    reason = "clippy takes the columns of one kube attribute for duplicates"
+)]
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::validation;
 
 /// Desired state of the mesh on one node. Named like the Node and owned by it.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -14,7 +20,26 @@ use serde::{Deserialize, Serialize};
     plural = "ambientnodes",
     shortname = "an",
     status = "AmbientNodeStatus",
-    derive = "PartialEq"
+    derive = "PartialEq",
+    doc = "What one node should do for the mesh, and what it does. Named like the Node and owned by it.",
+    printcolumn(name = "Tunnel", type_ = "string", json_path = ".spec.tunnel.type"),
+    printcolumn(name = "Workloads", type_ = "integer", json_path = ".status.workloads"),
+    printcolumn(name = "Enrolled", type_ = "integer", json_path = ".status.enrolled"),
+    printcolumn(
+        name = "Ready",
+        type_ = "string",
+        json_path = r#".status.conditions[?(@.type=="Ready")].status"#
+    ),
+    printcolumn(
+        name = "Reason",
+        type_ = "string",
+        json_path = r#".status.conditions[?(@.type=="Ready")].reason"#
+    ),
+    printcolumn(
+        name = "Age",
+        type_ = "date",
+        json_path = ".metadata.creationTimestamp"
+    )
 )]
 #[serde(rename_all = "camelCase")]
 pub struct AmbientNodeSpec {
@@ -35,21 +60,26 @@ pub struct AmbientNodeSpec {
     pub local_traffic: LocalTraffic,
     /// The node's pods that are in the mesh. Written by the controller.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 1000))]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["uid"]))]
     pub workloads: Vec<Workload>,
     /// Pods of the node that are labelled for the mesh and stay out, at most 50 of them, each with
     /// its reason. Written by the controller; the agent repeats them in its status.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 50))]
     pub excluded: Vec<WorkloadNote>,
 }
 
 /// The two tunnels between host and proxy.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
+#[schemars(extend("x-kubernetes-validations" = validation::tunnels()))]
 pub struct TunnelSpec {
     /// Kind of device.
     #[serde(rename = "type")]
     pub kind: TunnelType,
     /// UDP destination port of geneve.
+    #[schemars(range(min = 1, max = 65535))]
     pub port: u16,
     /// The tunnel of traffic towards mesh pods.
     pub inbound: TunnelEndSpec,
@@ -57,6 +87,7 @@ pub struct TunnelSpec {
     pub outbound: TunnelEndSpec,
     /// MTU of the devices in bytes. Default: the link's MTU less the encapsulation.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1280, max = 65535))]
     pub mtu: Option<u16>,
 }
 
@@ -65,8 +96,11 @@ pub struct TunnelSpec {
 #[serde(rename_all = "camelCase")]
 pub struct TunnelEndSpec {
     /// Virtual network identifier, 24 bits (RFC 8926).
+    #[schemars(range(min = 1, max = 16_777_215))]
     pub vni: u32,
     /// Inner network; its first host address is the host's, its second the proxy's.
+    #[schemars(length(max = 18))]
+    #[schemars(extend("x-kubernetes-validations" = validation::network()))]
     pub cidr: String,
 }
 
@@ -83,12 +117,16 @@ pub enum TunnelType {
 /// Ports of the proxy's listeners.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
+#[schemars(extend("x-kubernetes-validations" = validation::ports()))]
 pub struct PortsSpec {
     /// Connections from mesh pods.
+    #[schemars(range(min = 1024, max = 65535))]
     pub outbound: u16,
     /// HBONE from other proxies.
+    #[schemars(range(min = 1024, max = 65535))]
     pub inbound: u16,
     /// Plaintext towards mesh pods.
+    #[schemars(range(min = 1024, max = 65535))]
     pub inbound_plaintext: u16,
 }
 
@@ -97,19 +135,33 @@ pub struct PortsSpec {
 #[serde(rename_all = "camelCase", default)]
 pub struct MarksSpec {
     /// Host: send to the proxy by the outbound tunnel.
+    #[schemars(length(max = 21))]
+    #[schemars(extend("x-kubernetes-validations" = validation::mark()))]
     pub outbound: String,
     /// Host: route by the main table.
+    #[schemars(length(max = 21))]
+    #[schemars(extend("x-kubernetes-validations" = validation::mark()))]
     pub skip: String,
     /// Host: dialled by the proxy from a pod's address.
+    #[schemars(length(max = 21))]
+    #[schemars(extend("x-kubernetes-validations" = validation::mark()))]
     pub proxied: String,
     /// Host: the proxy's own traffic.
+    #[schemars(length(max = 21))]
+    #[schemars(extend("x-kubernetes-validations" = validation::mark()))]
     pub own: String,
     /// Host: answer to a proxied connection.
+    #[schemars(length(max = 21))]
+    #[schemars(extend("x-kubernetes-validations" = validation::mark()))]
     #[serde(rename = "return")]
     pub return_: String,
     /// Proxy's namespace: deliver locally (TPROXY).
+    #[schemars(length(max = 21))]
+    #[schemars(extend("x-kubernetes-validations" = validation::mark()))]
     pub tproxy: String,
     /// Proxy's namespace: deliver locally (answers to transparent sockets).
+    #[schemars(length(max = 21))]
+    #[schemars(extend("x-kubernetes-validations" = validation::mark()))]
     pub proxy_return: String,
 }
 
@@ -138,6 +190,7 @@ pub enum LocalTraffic {
 #[serde(rename_all = "camelCase")]
 pub struct Workload {
     /// UID of the pod.
+    #[schemars(length(min = 1, max = 64))]
     pub uid: String,
     /// Namespace of the pod.
     pub namespace: String,
@@ -146,6 +199,7 @@ pub struct Workload {
     /// Service account of the pod.
     pub service_account: String,
     /// Addresses of the pod.
+    #[schemars(length(max = 4))]
     pub ips: Vec<String>,
 }
 
@@ -156,7 +210,8 @@ pub struct AmbientNodeStatus {
     /// Generation of the spec that this status speaks of.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// See [`crate::conditions`].
+    /// `Ready` and, for each part of it, what is and what is not.
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
     /// The host's address towards its pods.
     #[serde(skip_serializing_if = "Option::is_none", rename = "hostIP")]
@@ -172,8 +227,10 @@ pub struct AmbientNodeStatus {
     /// Number of workloads whose traffic the mesh carries.
     pub enrolled: i64,
     /// Workloads that are not enrolled, at most 50 of them.
+    #[schemars(length(max = 50))]
     pub pending: Vec<WorkloadNote>,
     /// Pods that are labelled for the mesh and stay out, at most 50 of them.
+    #[schemars(length(max = 50))]
     pub excluded: Vec<WorkloadNote>,
 }
 

@@ -6,6 +6,12 @@
 //! ```
 
 pub mod ambient_node;
+pub mod conditions;
+pub mod reasons;
+mod validation;
+
+use kube::CustomResourceExt;
+use serde_yaml_ng::Value;
 
 pub use ambient_node::{
     AmbientNode, AmbientNodeSpec, AmbientNodeStatus, FailureMode, IptablesBackend, KernelStatus,
@@ -37,18 +43,27 @@ pub const DATAPLANE_MODE_AMBIENT: &str = "ambient";
 /// Value of [`DATAPLANE_MODE_LABEL`] on a pod that opts out.
 pub const DATAPLANE_MODE_NONE: &str = "none";
 
-/// Condition types of an [`AmbientNode`].
-pub mod conditions {
-    /// All of the below are true.
-    pub const READY: &str = "Ready";
-    /// A proxy of this node said hello and is who it claims to be.
-    pub const PROXY_ATTACHED: &str = "ProxyAttached";
-    /// Tunnel devices between host and proxy stand, in both namespaces.
-    pub const TUNNELS_READY: &str = "TunnelsReady";
-    /// Rules, routes, sets, chains and sysctls are as desired.
-    pub const REDIRECTION_READY: &str = "RedirectionReady";
-    /// The proxy's listeners are bound.
-    pub const LISTENERS_READY: &str = "ListenersReady";
-    /// Every workload of the spec is enrolled.
-    pub const WORKLOADS_READY: &str = "WorkloadsReady";
+/// The CustomResourceDefinitions as YAML; committed as `crds/yaml/ambientnodes.yaml`.
+///
+/// # Errors
+/// If a type cannot be written as YAML.
+pub fn yaml() -> Result<String, serde_yaml_ng::Error> {
+    let header = "# Written by: cargo run -p crds --bin crdgen > crds/yaml/ambientnodes.yaml\n";
+    let mut definition = serde_yaml_ng::to_value(AmbientNode::crd())?;
+    drop_number_formats(&mut definition);
+    Ok(header.to_owned() + &serde_yaml_ng::to_string(&definition)?)
+}
+
+/// The API server warns about each format that it does not know, those of Rust's numbers among them.
+fn drop_number_formats(schema: &mut Value) {
+    match schema {
+        Value::Mapping(map) => {
+            if map.get("type").and_then(Value::as_str) == Some("integer") {
+                map.remove("format");
+            }
+            map.values_mut().for_each(drop_number_formats);
+        }
+        Value::Sequence(items) => items.iter_mut().for_each(drop_number_formats),
+        _ => {}
+    }
 }
