@@ -41,7 +41,7 @@ async fn config_dump(State(shared): State<Arc<Shared>>) -> Json<Value> {
         "services": directory.services().map(|found| service(&directory, found)).collect::<Vec<_>>(),
         "policies": directory.policies().map(|(name, policy)| json!({
             "name": &**name,
-            "namespace": policy.namespace,
+            "namespace": &*policy.namespace,
             "scope": format!("{:?}", policy.scope),
             "action": format!("{:?}", policy.action),
             "dryRun": policy.dry_run,
@@ -56,17 +56,18 @@ async fn config_dump(State(shared): State<Arc<Shared>>) -> Json<Value> {
 fn workload(found: &Workload) -> Value {
     json!({
         "uid": &*found.uid,
-        "name": found.name,
-        "namespace": found.namespace,
+        "name": &*found.name,
+        "namespace": &*found.namespace,
         "workloadIps": found.addresses,
-        "protocol": if found.hbone { "HBONE" } else { "TCP" },
-        "trustDomain": found.identity.trust_domain().as_str(),
-        "serviceAccount": found.identity.service_account(),
+        "protocol": if found.hbone.is_some() { "HBONE" } else { "TCP" },
+        "trustDomain": found.hbone.as_ref().map_or("", |id| id.trust_domain().as_str()),
+        "serviceAccount": found.service_account,
         "node": found.node,
         "network": found.network,
         "status": if found.healthy { "Healthy" } else { "Unhealthy" },
-        "workloadName": found.workload_name,
-        "canonicalName": found.canonical_name,
+        "workloadName": &*found.workload_name,
+        "workloadType": found.workload_type,
+        "canonicalName": &*found.canonical_name,
         "canonicalRevision": found.canonical_revision,
         "clusterId": found.cluster,
         "locality": {
@@ -86,9 +87,9 @@ fn service(directory: &Directory, found: &Service) -> Value {
         json!({"workloadUid": &*endpoint.uid, "port": ports})
     });
     json!({
-        "name": found.name,
-        "namespace": found.namespace,
-        "hostname": found.hostname,
+        "name": &*found.name,
+        "namespace": &*found.namespace,
+        "hostname": &*found.hostname,
         "vips": vips,
         "ports": found.ports,
         "endpoints": endpoints.collect::<Vec<_>>(),

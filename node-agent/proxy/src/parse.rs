@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use prost::Message;
 use protocol::authorization::{self as authorization, string_match::MatchType};
 use protocol::workload::load_balancing::{self, HealthPolicy, Mode};
-use protocol::workload::{self as wire, TunnelProtocol, WorkloadStatus, address};
+use protocol::workload::{self as wire, TunnelProtocol, WorkloadStatus, WorkloadType, address};
 
 /// What an address resource holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,8 +47,6 @@ pub(crate) enum ParseError {
 
 /// Trust domain of a workload that names none (the field's default).
 const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
-/// Service account of a pod that names none (Kubernetes' default).
-const DEFAULT_SERVICE_ACCOUNT: &str = "default";
 
 /// A workload or a service under this resource name.
 pub(crate) fn address(name: &str, bytes: &[u8]) -> Result<Parsed, ParseError> {
@@ -61,42 +59,34 @@ pub(crate) fn address(name: &str, bytes: &[u8]) -> Result<Parsed, ParseError> {
 
 fn workload(name: &str, found: wire::Workload) -> Result<Workload, ParseError> {
     let hbone = match TunnelProtocol::try_from(found.tunnel_protocol) {
-        Ok(TunnelProtocol::Hbone) => true,
-        Ok(TunnelProtocol::None | TunnelProtocol::LegacyIstioMtls) => false,
-        // Not a case for plaintext: whoever sent this wants something that we do not know.
+        Ok(TunnelProtocol::Hbone) => Some(identity(&found)?),
+        Ok(TunnelProtocol::None | TunnelProtocol::LegacyIstioMtls) => None,
+        // Not a case for plaintext: whoever sent this wants something that is not known here.
         Err(_) => return Err(unknown("tunnel_protocol", found.tunnel_protocol)),
     };
-    let trust_domain = TrustDomain::new(or(&found.trust_domain, DEFAULT_TRUST_DOMAIN))?;
-    let account = or(&found.service_account, DEFAULT_SERVICE_ACCOUNT);
-    let identity = SpiffeId::new(&trust_domain, &found.namespace, account)?;
     let addresses = found.addresses.iter().map(|bytes| ip(bytes));
-    let services = found.services.into_iter().map(|(key, ports)| {
-        let ports: Result<BTreeMap<u16, u16>, _> = ports
-            .ports
-            .iter()
-            .map(|pair| Ok((port(pair.service_port)?, port(pair.target_port)?)))
-            .collect();
-        Ok((Arc::from(key), ports?))
-    });
+    let services = found.services.into_iter();
+    let services = services.map(|(key, list)| Ok((Arc::from(key), port_pairs(&list.ports)?)));
     let locality = found.locality.unwrap_or_default();
     Ok(Workload {
         uid: name.into(),
-        identity,
+        hbone,
         addresses: addresses.collect::<Result<_, _>>()?,
         services: services.collect::<Result<_, ParseError>>()?,
-        hbone,
         healthy: found.status == WorkloadStatus::Healthy as i32,
         locality: Locality {
             region: locality.region,
             zone: locality.zone,
             subzone: locality.subzone,
         },
-        workload_name: or(&found.workload_name, &found.name).to_owned(),
-        name: found.name,
-        namespace: found.namespace,
+        workload_name: or(&found.workload_name, &found.name).into(),
+        workload_type: workload_type(found.workload_type)?,
+        name: found.name.into(),
+        namespace: found.namespace.into(),
+        service_account: found.service_account,
         node: found.node,
         network: found.network,
-        canonical_name: found.canonical_name,
+        canonical_name: found.canonical_name.into(),
         canonical_revision: found.canonical_revision,
         cluster: found.cluster_id,
         policies: found
@@ -105,6 +95,23 @@ fn workload(name: &str, found: wire::Workload) -> Result<Workload, ParseError> {
             .map(Arc::from)
             .collect(),
     })
+}
+
+fn identity(found: &wire::Workload) -> Result<SpiffeId, ParseError> {
+    let trust_domain = TrustDomain::new(or(&found.trust_domain, DEFAULT_TRUST_DOMAIN))?;
+    let id = SpiffeId::new(&trust_domain, &found.namespace, &found.service_account)?;
+    Ok(id)
+}
+
+/// The owner's kind, in the words of the field's telemetry.
+fn workload_type(value: i32) -> Result<&'static str, ParseError> {
+    match WorkloadType::try_from(value) {
+        Ok(WorkloadType::Deployment) => Ok("deployment"),
+        Ok(WorkloadType::Cronjob) => Ok("cronjob"),
+        Ok(WorkloadType::Pod) => Ok("pod"),
+        Ok(WorkloadType::Job) => Ok("job"),
+        Err(_) => Err(unknown("workload_type", value)),
+    }
 }
 
 fn service(name: &str, found: wire::Service) -> Result<Service, ParseError> {
@@ -116,18 +123,25 @@ fn service(name: &str, found: wire::Service) -> Result<Service, ParseError> {
             addresses.push(address);
         }
     }
-    let ports = found.ports.iter().map(|pair| port(pair.service_port));
     Ok(Service {
         key: name.into(),
-        name: found.name,
-        namespace: found.namespace,
-        hostname: found.hostname,
+        name: found.name.into(),
+        namespace: found.namespace.into(),
+        hostname: found.hostname.into(),
         addresses,
-        ports: ports.collect::<Result<_, _>>()?,
+        ports: port_pairs(&found.ports)?,
         balancing: found
             .load_balancing
             .map_or_else(|| Ok(Balancing::default()), |found| balancing(&found))?,
     })
+}
+
+/// Service ports, each with the port behind it.
+fn port_pairs(pairs: &[wire::Port]) -> Result<BTreeMap<u16, u16>, ParseError> {
+    let pairs = pairs.iter();
+    pairs
+        .map(|pair| Ok((port(pair.service_port)?, port(pair.target_port)?)))
+        .collect()
 }
 
 fn balancing(found: &wire::LoadBalancing) -> Result<Balancing, ParseError> {
@@ -192,7 +206,7 @@ pub(crate) fn policy(bytes: &[u8]) -> Result<Policy, ParseError> {
             .collect()
     });
     Ok(Policy {
-        namespace: found.namespace,
+        namespace: found.namespace.into(),
         scope,
         action,
         dry_run: found.dry_run,
@@ -314,10 +328,10 @@ mod tests {
         };
         assert_eq!(&*workload.uid, "uid-1");
         assert_eq!(
-            workload.identity.to_string(),
+            workload.hbone.unwrap().to_string(),
             "spiffe://cluster.local/ns/shop/sa/web"
         );
-        assert!(workload.hbone && workload.healthy);
+        assert!(workload.healthy);
         assert_eq!(workload.addresses, ["10.1.2.3".parse::<IpAddr>().unwrap()]);
         assert_eq!(
             workload.services["shop/web.shop.svc.cluster.local"],
