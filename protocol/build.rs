@@ -15,6 +15,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let descriptors = protox::compile(FILES, ["proto"])?;
     tonic_prost_build::configure()
         .bytes(".istio.workload.Workload.addresses")
+        // In order, so that equal workloads are equal bytes.
+        .btree_map(".istio.workload.Workload.services")
         .compile_fds(descriptors)?;
     Ok(())
 }
