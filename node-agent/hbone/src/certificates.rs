@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
@@ -15,7 +15,8 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use crate::identity::{SpiffeId, TrustDomain};
+use crate::access::with_causes;
+use crate::identity::SpiffeId;
 use crate::tls;
 
 /// Who signs certificates.
@@ -42,6 +43,19 @@ pub enum CertificateError {
     Chain(SpiffeId, String),
 }
 
+/// What there is to say about a certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Described {
+    /// The certificate.
+    pub der: CertificateDer<'static>,
+    /// Its serial number in hexadecimal digits.
+    pub serial: String,
+    /// From when it is valid.
+    pub not_before: SystemTime,
+    /// Until when it is valid.
+    pub not_after: SystemTime,
+}
+
 /// A certificate with its key, ready for use.
 pub struct Certificate {
     identity: SpiffeId,
@@ -49,10 +63,10 @@ pub struct Certificate {
     key: PrivatePkcs8KeyDer<'static>,
     roots: Arc<RootCertStore>,
     server: Arc<ServerConfig>,
-    /// The chain in PEM, leaf first, without the roots.
-    pub chain_pem: Vec<String>,
-    /// The roots in PEM.
-    pub roots_pem: String,
+    /// The chain, leaf first, without the roots.
+    pub chain_described: Vec<Described>,
+    /// The roots.
+    pub roots_described: Vec<Described>,
     /// From when it is valid.
     pub not_before: SystemTime,
     /// Until when it is valid.
@@ -178,8 +192,10 @@ impl Certificates {
         self.update(|states| states.retain(|identity, _| wanted.contains(identity)));
         for identity in wanted {
             if !tasks.contains_key(identity) {
-                self.update(|states| drop(states.entry(identity.clone()).or_default()));
-                let task = keep(self.clone(), source.clone(), identity.clone());
+                self.update(|states| {
+                    states.entry(identity.clone()).or_default();
+                });
+                let task = keep(Arc::downgrade(self), source.clone(), identity.clone());
                 tasks.insert(identity.clone(), tokio::spawn(task));
             }
         }
@@ -209,38 +225,45 @@ impl Drop for Certificates {
 }
 
 /// Obtains and renews the certificate of one identity for as long as it is wanted.
-async fn keep<S: CertificateSource>(all: Arc<Certificates>, source: Arc<S>, identity: SpiffeId) {
+async fn keep<S: CertificateSource>(all: Weak<Certificates>, source: Arc<S>, identity: SpiffeId) {
     let mut failures: u32 = 0;
     loop {
-        let wait = match obtain(&*source, &identity).await {
+        let obtained = obtain(&*source, &identity).await;
+        let Some(all) = all.upgrade() else { return };
+        let jitter = rand::rng().random();
+        let wait = match obtained {
             Ok(certificate) => {
                 failures = 0;
                 tracing::info!(%identity, "certificate obtained");
-                let wait = certificate.renew_in(SystemTime::now(), rand::rng().random());
+                let wait = certificate.renew_in(SystemTime::now(), jitter);
                 let state = State {
                     certificate: Some(Arc::new(certificate)),
                     error: None,
                 };
-                all.update(|states| drop(states.insert(identity.clone(), state.clone())));
+                all.update(|states| {
+                    states.insert(identity.clone(), state.clone());
+                });
                 wait
             }
             Err(error) => {
-                failures += 1;
-                tracing::warn!(%identity, %error, "no certificate; trying again");
+                failures = failures.saturating_add(1);
+                let error = with_causes(&error);
+                tracing::warn!(%identity, error, "no certificate; trying again");
                 // The last good one stays until it expires.
                 all.update(|states| {
-                    states.entry(identity.clone()).or_default().error = Some(error.to_string());
+                    states.entry(identity.clone()).or_default().error = Some(error.clone());
                 });
-                backoff(failures, rand::rng().random())
+                backoff(failures, jitter)
             }
         };
+        drop(all);
         tokio::time::sleep(wait).await;
     }
 }
 
-/// 0.1 s, doubling up to 60 s, give or take a fifth.
+/// 0.1 s, doubling up to 15 s, give or take a fifth.
 fn backoff(failures: u32, jitter: f64) -> Duration {
-    let seconds = (0.1 * f64::from(2_u32.pow(failures.clamp(1, 10) - 1))).min(60.0);
+    let seconds = (0.1 * f64::from(2_u32.pow(failures.clamp(1, 10) - 1))).min(15.0);
     Duration::from_secs_f64(seconds * (0.8 + 0.4 * jitter))
 }
 
@@ -273,30 +296,33 @@ fn signing_request(identity: &SpiffeId, key: &KeyPair) -> Result<String, rcgen::
 /// Checks an answer and makes it ready for use.
 fn accept(identity: &SpiffeId, key: &KeyPair, answer: &[String]) -> Result<Certificate, String> {
     let (roots_pem, chain_pem) = answer.split_last().ok_or("the answer is empty")?;
-    if chain_pem.is_empty() {
-        return Err("the answer has no root beside the certificate".to_owned());
-    }
     let chain = pem_certificates(&chain_pem.concat())?;
-    let leaf = chain.first().ok_or("the answer has no certificate")?;
+    let leaf = chain.first();
+    let leaf = leaf.ok_or("the answer has no certificate before the roots")?;
     let signed = tls::identity_of(leaf).map_err(|error| error.to_string())?;
     if signed != *identity {
         return Err(format!("it was signed for {signed}"));
     }
-    let (not_before, not_after) = check_leaf(leaf, key)?;
+    check_key(leaf, key)?;
+    let chain_described = describe_all(&chain)?;
+    let validity = chain_described
+        .first()
+        .map(|leaf| (leaf.not_before, leaf.not_after));
+    let (not_before, not_after) = validity.ok_or("the answer has no certificate")?;
+    let root_certificates = pem_certificates(roots_pem)?;
+    let roots_described = describe_all(&root_certificates)?;
     let mut roots = RootCertStore::empty();
-    for root in pem_certificates(roots_pem)? {
-        roots
-            .add(root)
-            .map_err(|error| format!("a root: {error}"))?;
+    for root in root_certificates {
+        let added = roots.add(root);
+        added.map_err(|error| format!("a root: {error}"))?;
     }
     let roots = Arc::new(roots);
     let pkcs8 = PrivatePkcs8KeyDer::from(key.serialize_der());
-    let trust_domain: TrustDomain = identity.trust_domain().clone();
     let server = tls::server_config(
         chain.clone(),
         PrivateKeyDer::Pkcs8(pkcs8.clone_key()),
         roots.clone(),
-        trust_domain,
+        identity.trust_domain().clone(),
     )
     .map_err(|error| error.to_string())?;
     Ok(Certificate {
@@ -305,24 +331,35 @@ fn accept(identity: &SpiffeId, key: &KeyPair, answer: &[String]) -> Result<Certi
         key: pkcs8,
         roots,
         server,
-        chain_pem: chain_pem.to_vec(),
-        roots_pem: roots_pem.clone(),
+        chain_described,
+        roots_described,
         not_before,
         not_after,
     })
 }
 
-fn check_leaf(leaf: &[u8], key: &KeyPair) -> Result<(SystemTime, SystemTime), String> {
+fn check_key(leaf: &[u8], key: &KeyPair) -> Result<(), String> {
     let (_, parsed) = X509Certificate::from_der(leaf).map_err(|error| error.to_string())?;
     if parsed.public_key().subject_public_key.data.as_ref() != key.public_key_raw() {
         return Err("it is for another key".to_owned());
     }
+    Ok(())
+}
+
+fn describe_all(certificates: &[CertificateDer<'static>]) -> Result<Vec<Described>, String> {
+    certificates.iter().map(describe).collect()
+}
+
+fn describe(certificate: &CertificateDer<'static>) -> Result<Described, String> {
+    let (_, parsed) = X509Certificate::from_der(certificate).map_err(|error| error.to_string())?;
     let time = |stamp: i64| UNIX_EPOCH + Duration::from_secs(stamp.try_into().unwrap_or_default());
     let validity = parsed.validity();
-    Ok((
-        time(validity.not_before.timestamp()),
-        time(validity.not_after.timestamp()),
-    ))
+    Ok(Described {
+        der: certificate.clone(),
+        serial: format!("{:x}", parsed.tbs_certificate.serial),
+        not_before: time(validity.not_before.timestamp()),
+        not_after: time(validity.not_after.timestamp()),
+    })
 }
 
 fn pem_certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, String> {

@@ -8,36 +8,38 @@ use std::sync::Arc;
 use imbl::{HashMap, OrdSet};
 
 use crate::identity::SpiffeId;
-use crate::policy::Policy;
+use crate::policy::{Policy, PolicyScope};
 
 /// A workload of the cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Workload {
-    /// Its resource name.
+    /// Its resource name; a pod's is its UID.
     pub uid: Arc<str>,
     /// Name of the pod.
-    pub name: String,
+    pub name: Arc<str>,
     /// Namespace of the pod.
-    pub namespace: String,
-    /// Who it is.
-    pub identity: SpiffeId,
+    pub namespace: Arc<str>,
+    /// Service account of the pod; empty where there is none.
+    pub service_account: String,
+    /// Whom its proxy must prove to be, if it is reached by HBONE.
+    pub hbone: Option<SpiffeId>,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
     /// Node it runs on.
     pub node: String,
     /// Its network; empty for the only one.
     pub network: String,
-    /// Whether it is reached by HBONE.
-    pub hbone: bool,
     /// Whether it is ready.
     pub healthy: bool,
     /// Where it is.
     pub locality: Locality,
     /// Deployment or other owner.
-    pub workload_name: String,
-    /// Canonical name, for metrics.
-    pub canonical_name: String,
-    /// Canonical revision, for metrics.
+    pub workload_name: Arc<str>,
+    /// Kind of the owner, in the field's words (`deployment`, `pod`, ...).
+    pub workload_type: &'static str,
+    /// Canonical name, for telemetry.
+    pub canonical_name: Arc<str>,
+    /// Canonical revision, for telemetry.
     pub canonical_revision: String,
     /// Cluster it is in.
     pub cluster: String,
@@ -64,15 +66,15 @@ pub struct Service {
     /// Its resource name, `namespace/hostname`.
     pub key: Arc<str>,
     /// Its name.
-    pub name: String,
+    pub name: Arc<str>,
     /// Its namespace.
-    pub namespace: String,
+    pub namespace: Arc<str>,
     /// Its DNS name.
-    pub hostname: String,
+    pub hostname: Arc<str>,
     /// Its virtual addresses.
     pub addresses: Vec<IpAddr>,
-    /// Its ports.
-    pub ports: Vec<u16>,
+    /// Its ports, each with the port that endpoints have by default.
+    pub ports: BTreeMap<u16, u16>,
     /// How endpoints are preferred.
     pub balancing: Balancing,
 }
@@ -114,6 +116,8 @@ pub struct Directory {
     by_vip: HashMap<IpAddr, Arc<str>>,
     endpoints: HashMap<Arc<str>, OrdSet<Arc<str>>>,
     policies: HashMap<Arc<str>, Arc<Policy>>,
+    /// Names of the policies that are for all workloads of a namespace (`Some`) or of all (`None`).
+    unselective: HashMap<Option<Arc<str>>, OrdSet<Arc<str>>>,
 }
 
 impl Directory {
@@ -176,12 +180,22 @@ impl Directory {
 
     /// Adds a policy, or replaces that of its name (`namespace/name`).
     pub fn put_policy(&mut self, name: Arc<str>, policy: Policy) {
+        self.remove_policy(&name);
+        if let Some(bounds) = bounds_of(&policy) {
+            let names = self.unselective.entry(bounds).or_default();
+            names.insert(name.clone());
+        }
         self.policies.insert(name, Arc::new(policy));
     }
 
     /// Removes the policy of this name, if there is one.
     pub fn remove_policy(&mut self, name: &str) {
-        self.policies.remove(name);
+        let Some(policy) = self.policies.remove(name) else {
+            return;
+        };
+        if let Some(bounds) = bounds_of(&policy) {
+            remove_from(&mut self.unselective, &bounds, name);
+        }
     }
 
     /// The workload that has this address: a ready one before others.
@@ -229,10 +243,30 @@ impl Directory {
         self.policies.get(name)
     }
 
-    /// Whether a workload of this name is there.
+    /// The policies that are for every workload of this namespace, with their names.
+    pub fn policies_of(
+        &self,
+        namespace: &Arc<str>,
+    ) -> impl Iterator<Item = (&Arc<str>, &Arc<Policy>)> {
+        let of_all = self.unselective.get(&None);
+        let of_namespace = self.unselective.get(&Some(namespace.clone()));
+        let names = of_all.into_iter().chain(of_namespace).flatten();
+        names.filter_map(|name| self.policies.get_key_value(name))
+    }
+
+    /// The workload of this name.
     #[must_use]
-    pub fn has_workload(&self, uid: &str) -> bool {
-        self.workloads.contains_key(uid)
+    pub fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
+        self.workloads.get(uid)
+    }
+}
+
+/// Whom a policy is for without being named by them: `Some(None)` are all workloads.
+fn bounds_of(policy: &Policy) -> Option<Option<Arc<str>>> {
+    match policy.scope {
+        PolicyScope::Global => Some(None),
+        PolicyScope::Namespace => Some(Some(policy.namespace.clone())),
+        PolicyScope::Selected => None,
     }
 }
 
@@ -247,5 +281,131 @@ fn remove_from<K: Clone + Eq + std::hash::Hash>(
     uids.remove(uid);
     if uids.is_empty() {
         index.remove(key);
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::identity::TrustDomain;
+
+    /// A workload of the mesh that is an endpoint of `shop/web`, port 80 to 8080.
+    pub(crate) fn workload(uid: &str, ip: &str, node: &str) -> Workload {
+        let identity = SpiffeId::new(&TrustDomain::new("td").unwrap(), "shop", "default");
+        Workload {
+            uid: uid.into(),
+            name: uid.into(),
+            namespace: "shop".into(),
+            service_account: "default".to_owned(),
+            hbone: Some(identity.unwrap()),
+            addresses: vec![ip.parse().unwrap()],
+            node: node.to_owned(),
+            network: String::new(),
+            healthy: true,
+            locality: Locality::default(),
+            workload_name: uid.into(),
+            workload_type: "pod",
+            canonical_name: uid.into(),
+            canonical_revision: "latest".to_owned(),
+            cluster: "Kubernetes".to_owned(),
+            services: BTreeMap::from([("shop/web".into(), BTreeMap::from([(80, 8080)]))]),
+            policies: Vec::new(),
+        }
+    }
+
+    pub(crate) fn service(balancing: Balancing) -> Service {
+        Service {
+            key: "shop/web".into(),
+            name: "web".into(),
+            namespace: "shop".into(),
+            hostname: "web.shop.svc.cluster.local".into(),
+            addresses: vec!["10.96.0.10".parse().unwrap()],
+            ports: BTreeMap::from([(80, 8080)]),
+            balancing,
+        }
+    }
+
+    #[test]
+    fn a_ready_workload_has_an_address_before_one_that_is_not() {
+        let mut directory = Directory::default();
+        directory.put_workload(Workload {
+            healthy: false,
+            ..workload("a", "10.0.0.1", "n")
+        });
+        directory.put_workload(workload("b", "10.0.0.1", "n"));
+        let at = |directory: &Directory| {
+            let found = directory.workload_at("10.0.0.1".parse().unwrap());
+            found.map(|workload| workload.uid.to_string())
+        };
+        assert_eq!(at(&directory).as_deref(), Some("b"));
+        directory.remove_workload("b");
+        assert_eq!(at(&directory).as_deref(), Some("a"));
+        directory.remove_workload("a");
+        assert_eq!(at(&directory), None);
+    }
+
+    #[test]
+    fn a_virtual_address_that_moved_stays_with_its_new_owner() {
+        let mut directory = Directory::default();
+        directory.put_service(service(Balancing::default()));
+        directory.put_service(Service {
+            key: "shop/other".into(),
+            ..service(Balancing::default())
+        });
+        directory.remove_service("shop/web");
+        let owner = directory.service_at("10.96.0.10".parse().unwrap());
+        assert_eq!(owner.map(|service| &*service.key), Some("shop/other"));
+    }
+
+    #[test]
+    fn policies_are_found_by_whom_they_are_for() {
+        let mut directory = Directory::default();
+        let scoped = |scope| Policy {
+            namespace: "shop".into(),
+            scope,
+            ..Policy::default()
+        };
+        directory.put_policy("shop/all".into(), scoped(PolicyScope::Global));
+        directory.put_policy("shop/mine".into(), scoped(PolicyScope::Namespace));
+        directory.put_policy("shop/few".into(), scoped(PolicyScope::Selected));
+        let of = |directory: &Directory, namespace: &str| {
+            let namespace = namespace.into();
+            let found = directory.policies_of(&namespace);
+            found.map(|(name, _)| name.to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(of(&directory, "shop"), ["shop/all", "shop/mine"]);
+        assert_eq!(of(&directory, "other"), ["shop/all"]);
+        directory.put_policy("shop/mine".into(), scoped(PolicyScope::Selected));
+        directory.remove_policy("shop/all");
+        assert!(of(&directory, "shop").is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn indices_are_empty_again_when_everything_is_removed(
+            steps in prop::collection::vec((0..4_u8, 0..4_u8, any::<bool>()), 0..40)
+        ) {
+            let mut directory = Directory::default();
+            for (uid, ip, add) in steps {
+                let uid = format!("w{uid}");
+                if add {
+                    directory.put_workload(workload(&uid, &format!("10.0.0.{ip}"), "n"));
+                } else {
+                    directory.remove_workload(&uid);
+                }
+                for found in directory.workloads() {
+                    let at = directory.workload_at(found.addresses[0]);
+                    prop_assert!(at.is_some_and(|at| at.addresses == found.addresses));
+                }
+                prop_assert_eq!(directory.endpoints("shop/web").count(), directory.workloads.len());
+            }
+            let all: Vec<_> = directory.workloads().map(|workload| workload.uid.clone()).collect();
+            for uid in all {
+                directory.remove_workload(&uid);
+            }
+            prop_assert!(directory.by_address.is_empty() && directory.endpoints.is_empty());
+        }
     }
 }

@@ -67,7 +67,7 @@ impl SpiffeId {
 
     /// Its namespace.
     #[must_use]
-    pub fn namespace(&self) -> &str {
+    pub fn namespace(&self) -> &Arc<str> {
         &self.namespace
     }
 

@@ -1,28 +1,36 @@
 //! 15008: HBONE towards the pods of this node.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
+use h2::RecvStream;
 use h2::server::SendResponse;
 use http::{Method, Request, Response, StatusCode};
 use rustls::server::Acceptor;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
 use tokio_rustls::LazyConfigAcceptor;
+use tokio_rustls::server::TlsStream;
 
 use crate::access::Facts;
-use crate::copy;
+use crate::copy::{self, Transferred};
 use crate::identity::SpiffeId;
 use crate::local::LocalWorkload;
 use crate::metrics::Reporter;
 use crate::policy::{self, Denied};
-use crate::shared::Shared;
+use crate::shared::{NotDiscovered, Shared};
 use crate::socket::{self, DialError};
 use crate::tls::{self, PeerError};
-use crate::tunnel;
+use crate::tunnel::{self, ServerConnection};
 
 /// Ports of the proxy itself, which nobody may be connected to.
 const OWN_PORTS: [u16; 3] = [15001, 15006, 15008];
+
+/// How long TLS and HTTP/2 may take.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a peer was not let in.
 #[derive(Debug, thiserror::Error)]
@@ -32,13 +40,15 @@ enum HandshakeError {
     #[error("there is no valid certificate of {0} yet")]
     NoCertificate(SpiffeId),
     #[error("TLS: {0}")]
-    Tls(#[source] std::io::Error),
+    Tls(#[source] io::Error),
     #[error("the client presented no certificate")]
     NoClientCertificate,
     #[error(transparent)]
     Client(#[from] PeerError),
     #[error("HTTP/2: {0}")]
     Http2(#[from] h2::Error),
+    #[error("TLS and HTTP/2 were not done in {HANDSHAKE_TIMEOUT:?}")]
+    Timeout,
 }
 
 /// Why a request was refused.
@@ -58,9 +68,24 @@ enum RequestError {
     #[error("port {0} is the proxy's own")]
     OwnPort(u16),
     #[error(transparent)]
+    NotDiscovered(#[from] NotDiscovered),
+    #[error(transparent)]
     Denied(#[from] Denied),
     #[error(transparent)]
     Dial(#[from] DialError),
+}
+
+impl HandshakeError {
+    fn flags(&self) -> &'static str {
+        match self {
+            Self::UnknownDestination => "CONNECT",
+            Self::NoCertificate(_) => "IDENTITY_ERROR",
+            Self::Http2(_) => "H2_HANDSHAKE_FAILURE",
+            Self::Tls(_) | Self::NoClientCertificate | Self::Client(_) | Self::Timeout => {
+                "TLS_FAILURE"
+            }
+        }
+    }
 }
 
 impl RequestError {
@@ -69,25 +94,27 @@ impl RequestError {
         match self {
             Self::Method(_) | Self::Authority(_) | Self::Mismatch { .. } => StatusCode::BAD_REQUEST,
             Self::Denied(_) => StatusCode::UNAUTHORIZED,
-            Self::Unknown | Self::OwnPort(_) | Self::Dial(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Unknown | Self::OwnPort(_) | Self::NotDiscovered(_) | Self::Dial(_) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
         }
     }
 
     fn flags(&self) -> &'static str {
-        if matches!(self, Self::Denied(_)) {
-            "DENY"
-        } else {
-            "CONNECT"
+        match self {
+            Self::Denied(_) => "DENY",
+            _ => "CONNECT",
         }
     }
 }
 
-/// Who is at both ends of a connection.
-#[derive(Clone, Debug)]
+/// Who is at both ends of a connection, as the handshake proved it.
+#[derive(Debug)]
 struct Ends {
     client: SpiffeId,
     source: SocketAddr,
     destination: SocketAddr,
+    workload: Arc<LocalWorkload>,
 }
 
 /// Serves one connection of another proxy to its end. `destination` is what the client connected to.
@@ -99,74 +126,94 @@ pub(crate) async fn serve_stream<S>(
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    if let Err(error) = serve(&shared, stream, source, destination).await {
-        tracing::warn!(
-            target: "access",
-            src.addr = %source,
-            dst.addr = %destination,
-            direction = "inbound",
-            error = %error,
-            "connection failed"
-        );
+    let workload = shared.local.load().at(destination.ip()).cloned();
+    // Boxed: what a handshake needs is not kept while the connection lives.
+    let handshake = Box::pin(handshake(&shared, workload, stream, source, destination));
+    let shaken = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await;
+    match shaken.unwrap_or(Err(HandshakeError::Timeout)) {
+        Ok((connection, ends)) => serve_requests(&shared, connection, Arc::new(ends)).await,
+        Err(error) => {
+            let facts = facts(&shared, source, destination);
+            facts.failed(&shared.metrics, error.flags(), &error);
+        }
     }
 }
 
-async fn serve<S>(
-    shared: &Arc<Shared>,
+fn facts(shared: &Shared, source: SocketAddr, destination: SocketAddr) -> Facts {
+    let directory = shared.directory.load();
+    let local = shared.local.load();
+    let pod = local.at(destination.ip());
+    Facts {
+        reporter: Reporter::Destination,
+        source,
+        destination,
+        source_workload: directory.workload_at(source.ip()).cloned(),
+        destination_workload: pod.and_then(|pod| directory.workload(&pod.uid).cloned()),
+        source_identity: None,
+        destination_identity: pod.map(|pod| pod.identity.clone()),
+        service: None,
+        mutual_tls: true,
+    }
+}
+
+async fn handshake<S>(
+    shared: &Shared,
+    workload: Option<Arc<LocalWorkload>>,
     stream: S,
     source: SocketAddr,
     destination: SocketAddr,
-) -> Result<(), HandshakeError>
+) -> Result<(ServerConnection<TlsStream<S>>, Ends), HandshakeError>
 where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: AsyncRead + AsyncWrite + Unpin,
 {
-    let workload = shared
-        .local
-        .load()
-        .at(destination.ip())
-        .cloned()
-        .ok_or(HandshakeError::UnknownDestination)?;
-    let certificate = shared
-        .certificates
-        .get(&workload.identity)
-        .ok_or_else(|| HandshakeError::NoCertificate(workload.identity.clone()))?;
-    let start = LazyConfigAcceptor::new(Acceptor::default(), stream)
-        .await
-        .map_err(HandshakeError::Tls)?;
-    let stream = start
-        .into_stream(certificate.server())
-        .await
-        .map_err(HandshakeError::Tls)?;
-    let leaf = stream
-        .get_ref()
-        .1
-        .peer_certificates()
-        .and_then(<[_]>::first);
+    let workload = workload.ok_or(HandshakeError::UnknownDestination)?;
+    let start = LazyConfigAcceptor::new(Acceptor::default(), stream);
+    let start = start.await.map_err(HandshakeError::Tls)?;
+    // Names are not looked at: a pod's address says which certificate to present.
+    let certificate = shared.certificates.get(&workload.identity);
+    let certificate =
+        certificate.ok_or_else(|| HandshakeError::NoCertificate(workload.identity.clone()))?;
+    let stream = start.into_stream(certificate.server()).await;
+    let stream = stream.map_err(HandshakeError::Tls)?;
+    let presented = stream.get_ref().1.peer_certificates();
+    let leaf = presented.and_then(<[_]>::first);
     let client = tls::identity_of(leaf.ok_or(HandshakeError::NoClientCertificate)?)?;
+    let connection = tunnel::accept(stream).await?;
     let ends = Ends {
         client,
         source,
         destination,
+        workload,
     };
-    let mut connection = tunnel::accept(stream).await?;
-    let pings = connection.ping_pong();
-    let keepalive = tunnel::keepalive(pings);
+    Ok((connection, ends))
+}
+
+async fn serve_requests<S>(
+    shared: &Arc<Shared>,
+    mut connection: ServerConnection<S>,
+    ends: Arc<Ends>,
+) where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let keepalive = tunnel::keepalive(connection.ping_pong());
     tokio::pin!(keepalive);
     let mut draining = false;
     loop {
         tokio::select! {
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
-                    let (shared, ends) = (shared.clone(), ends.clone());
-                    tokio::spawn(async move { answer(&shared, request, respond, ends).await });
+                    tokio::spawn(answer(shared.clone(), ends.clone(), request, respond));
                 }
-                Some(Err(error)) if error.is_io() => return Ok(()),
-                Some(Err(error)) => return Err(error.into()),
-                None => return Ok(()),
+                Some(Err(error)) => {
+                    return tracing::debug!(source = %ends.source, %error, "tunnel ended");
+                }
+                None => return,
             },
             () = &mut keepalive => {
-                tracing::warn!(%source, "tunnel closed: its peer does not answer pings");
-                return Ok(());
+                return tracing::warn!(
+                    source = %ends.source,
+                    "tunnel closed: its peer does not answer pings"
+                );
             }
             () = shared.draining(), if !draining => {
                 draining = true;
@@ -178,78 +225,86 @@ where
 
 /// Answers one CONNECT and carries its bytes.
 async fn answer(
-    shared: &Shared,
-    request: Request<h2::RecvStream>,
+    shared: Arc<Shared>,
+    ends: Arc<Ends>,
+    request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
-    ends: Ends,
 ) {
-    let directory = shared.directory.load_full();
-    let facts = Facts {
-        reporter: Reporter::destination,
-        source: ends.source,
-        destination: ends.destination,
-        source_workload: directory.workload_at(ends.source.ip()).cloned(),
-        destination_workload: directory.workload_at(ends.destination.ip()).cloned(),
-        source_identity: Some(ends.client.clone()),
-        destination_identity: None,
-        service: None,
-        mutual_tls: true,
-    };
-    match open(shared, &request, &ends).await {
-        Ok((server, workload)) => {
-            let mut facts = facts;
-            facts.destination_identity = Some(workload.identity.clone());
-            let mut response = Response::new(());
-            *response.status_mut() = StatusCode::OK;
-            let send = match respond.send_response(response, false) {
-                Ok(send) => send,
-                Err(error) => return facts.failed(&shared.metrics, "CONNECT", &error),
-            };
-            let log = facts.opened(&shared.metrics);
-            let (transferred, result) = copy::tunnel(server, send, request.into_body()).await;
-            // The socket is the server's: what was read from it went back to the client.
-            let transferred = copy::Transferred {
-                sent: transferred.received,
-                received: transferred.sent,
-            };
-            log.closed(transferred, &result);
-        }
+    let mut facts = facts(&shared, ends.source, ends.destination);
+    facts.source_identity = Some(ends.client.clone());
+    let server = match Box::pin(open(&shared, &request, &ends, &mut facts)).await {
+        Ok(server) => server,
         Err(error) => {
             facts.failed(&shared.metrics, error.flags(), &error);
-            let mut response = Response::new(());
-            *response.status_mut() = error.status();
-            if let Err(error) = respond.send_response(response, true) {
-                tracing::debug!(%error, "the refused client has gone");
-            }
+            return refuse(respond, error.status());
         }
+    };
+    let send = match respond.send_response(accepted(&shared, &ends.workload), false) {
+        Ok(send) => send,
+        // The client has gone while the pod was dialled; the pod is not to think it was heard.
+        Err(error) => {
+            facts.failed(&shared.metrics, "CONNECT", &error);
+            return socket::reset(server);
+        }
+    };
+    let log = facts.opened(&shared.metrics);
+    let (transferred, result) = copy::tunnel(server, send, request.into_body()).await;
+    // The socket is the server's: what was read from it went back to the client.
+    let transferred = Transferred {
+        sent: transferred.received,
+        received: transferred.sent,
+    };
+    log.closed(transferred, &result);
+}
+
+fn accepted(shared: &Shared, workload: &LocalWorkload) -> Response<()> {
+    let baggage = tunnel::baggage(&shared.settings.cluster, workload);
+    let mut response = Response::new(());
+    // A name that does not fit in a header is left out: it is only for telemetry.
+    if let Ok(baggage) = baggage.try_into() {
+        response.headers_mut().insert("baggage", baggage);
+    }
+    response
+}
+
+fn refuse(mut respond: SendResponse<Bytes>, status: StatusCode) {
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    if let Err(error) = respond.send_response(response, true) {
+        tracing::debug!(%error, "the refused client has gone");
     }
 }
 
 async fn open(
     shared: &Shared,
-    request: &Request<h2::RecvStream>,
+    request: &Request<RecvStream>,
     ends: &Ends,
-) -> Result<(tokio::net::TcpStream, Arc<LocalWorkload>), RequestError> {
+    facts: &mut Facts,
+) -> Result<TcpStream, RequestError> {
     let to = destination_of(request, ends.destination)?;
-    let workload = shared
-        .local
-        .load()
+    facts.destination = to;
+    // The address may have gone to another pod, which is not the one that the client knows.
+    let local = shared.local.load();
+    let still = local
         .at(to.ip())
-        .cloned()
-        .ok_or(RequestError::Unknown)?;
+        .is_some_and(|pod| pod.uid == ends.workload.uid);
+    if !still {
+        return Err(RequestError::Unknown);
+    }
+    drop(local);
     if OWN_PORTS.contains(&to.port()) {
         return Err(RequestError::OwnPort(to.port()));
     }
+    shared.wait_discovered().await?;
     let connection = policy::Connection {
         client: Some(&ends.client),
         source: ends.source.ip(),
         destination: to,
     };
     let directory = shared.directory.load_full();
-    let known = directory.workload_at(to.ip()).map(|known| &**known);
-    policy::check(&directory, known, &workload.namespace, &connection)?;
-    let from = (to.ip() != ends.source.ip()).then_some(ends.source.ip());
-    Ok((socket::dial(from, to).await?, workload))
+    let known = directory.workload(&ends.workload.uid).map(|known| &**known);
+    policy::check(&directory, known, &ends.workload.namespace, &connection)?;
+    Ok(socket::dial_pod(ends.source.ip(), to).await?)
 }
 
 fn destination_of<B>(
@@ -259,14 +314,11 @@ fn destination_of<B>(
     if request.method() != Method::CONNECT {
         return Err(RequestError::Method(request.method().clone()));
     }
-    let text = request
-        .uri()
-        .authority()
-        .map(ToString::to_string)
-        .unwrap_or_default();
+    let authority = request.uri().authority();
+    let text = authority.map_or("", |authority| authority.as_str());
     let authority: SocketAddr = text
         .parse()
-        .map_err(|_| RequestError::Authority(text.clone()))?;
+        .map_err(|_| RequestError::Authority(text.to_owned()))?;
     if authority.ip() != destination.ip() {
         return Err(RequestError::Mismatch {
             authority,

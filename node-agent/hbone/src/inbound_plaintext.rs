@@ -7,11 +7,11 @@ use tokio::net::TcpStream;
 
 use crate::access::Facts;
 use crate::copy;
+use crate::local::LocalWorkload;
 use crate::metrics::Reporter;
 use crate::policy::{self, Denied};
-use crate::shared::Shared;
+use crate::shared::{NotDiscovered, Shared};
 use crate::socket::{self, DialError};
-use crate::upstream;
 
 #[derive(Debug, thiserror::Error)]
 enum PlaintextError {
@@ -19,6 +19,8 @@ enum PlaintextError {
     NotRedirected,
     #[error("no pod of this node that is in the mesh has the destination address")]
     Unknown,
+    #[error(transparent)]
+    NotDiscovered(#[from] NotDiscovered),
     #[error(transparent)]
     Denied(#[from] Denied),
     #[error(transparent)]
@@ -31,31 +33,26 @@ pub(crate) async fn serve(shared: Arc<Shared>, stream: TcpStream, peer: SocketAd
         return socket::reset(stream);
     };
     let workload = shared.local.load().at(destination.ip()).cloned();
-    let directory = shared.directory.load_full();
-    let facts = Facts {
-        reporter: Reporter::destination,
+    let mut facts = Facts {
+        reporter: Reporter::Destination,
         source: peer,
         destination,
-        source_workload: directory.workload_at(peer.ip()).cloned(),
-        destination_workload: directory.workload_at(destination.ip()).cloned(),
+        source_workload: None,
+        destination_workload: None,
         source_identity: None,
         destination_identity: workload.as_ref().map(|workload| workload.identity.clone()),
         service: None,
         mutual_tls: false,
     };
-    let namespace = workload.map(|workload| workload.namespace.clone());
-    match open(&shared, namespace.as_deref(), peer, destination, &facts).await {
+    match Box::pin(open(&shared, workload.as_deref(), &mut facts)).await {
         Ok(server) => {
             let log = facts.opened(&shared.metrics);
             let (transferred, result) = copy::sockets(stream, server).await;
             log.closed(transferred, &result);
         }
         Err(error) => {
-            let flags = if matches!(error, PlaintextError::Denied(_)) {
-                "DENY"
-            } else {
-                "CONNECT"
-            };
+            let denied = matches!(error, PlaintextError::Denied(_));
+            let flags = if denied { "DENY" } else { "CONNECT" };
             facts.failed(&shared.metrics, flags, &error);
             socket::reset(stream);
         }
@@ -64,27 +61,24 @@ pub(crate) async fn serve(shared: Arc<Shared>, stream: TcpStream, peer: SocketAd
 
 async fn open(
     shared: &Shared,
-    namespace: Option<&str>,
-    peer: SocketAddr,
-    destination: SocketAddr,
-    facts: &Facts,
+    workload: Option<&LocalWorkload>,
+    facts: &mut Facts,
 ) -> Result<TcpStream, PlaintextError> {
-    if upstream::is_own(shared.settings.own_address, destination) {
+    let (source, destination) = (facts.source.ip(), facts.destination);
+    if shared.is_own(destination.ip()) {
         return Err(PlaintextError::NotRedirected);
     }
-    let namespace = namespace.ok_or(PlaintextError::Unknown)?;
+    let workload = workload.ok_or(PlaintextError::Unknown)?;
+    shared.wait_discovered().await?;
+    let directory = shared.directory.load_full();
+    facts.source_workload = directory.workload_at(source).cloned();
+    facts.destination_workload = directory.workload(&workload.uid).cloned();
     let connection = policy::Connection {
         client: None,
-        source: peer.ip(),
+        source,
         destination,
     };
-    let directory = shared.directory.load_full();
-    policy::check(
-        &directory,
-        facts.destination_workload.as_deref(),
-        namespace,
-        &connection,
-    )?;
-    let from = (destination.ip() != peer.ip()).then_some(peer.ip());
-    Ok(socket::dial(from, destination).await?)
+    let known = facts.destination_workload.as_deref();
+    policy::check(&directory, known, &workload.namespace, &connection)?;
+    Ok(socket::dial_pod(source, destination).await?)
 }

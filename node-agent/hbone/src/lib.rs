@@ -12,24 +12,34 @@
 //!
 //! What a connection reads (directory, local workloads, certificates) are immutable snapshots.
 
-pub mod access;
+// In the order of the flow: what is known,
 pub mod certificates;
-pub mod copy;
 pub mod directory;
 pub mod identity;
+pub mod local;
+pub mod shared;
+
+// accept,
 mod inbound;
 mod inbound_plaintext;
-pub mod local;
-pub mod metrics;
 mod outbound;
-pub mod policy;
-mod pool;
 pub mod serve;
-pub mod shared;
-mod socket;
-pub mod tls;
-mod tunnel;
+
+// decide,
+pub mod policy;
 pub mod upstream;
+
+// connect,
+mod connect;
+mod pool;
+mod socket;
+mod tls;
+mod tunnel;
+
+// copy and account.
+mod access;
+mod copy;
+mod metrics;
 
 pub use serve::{ListenerKind, Server};
 pub use shared::{Settings, Shared};

@@ -12,9 +12,9 @@ pub struct LocalWorkload {
     /// UID of the pod.
     pub uid: Arc<str>,
     /// Namespace of the pod.
-    pub namespace: String,
+    pub namespace: Arc<str>,
     /// Name of the pod.
-    pub name: String,
+    pub name: Arc<str>,
     /// Who it is.
     pub identity: SpiffeId,
     /// Its addresses.

@@ -17,7 +17,7 @@ use crate::identity::SpiffeId;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
     /// Namespace of the policy.
-    pub namespace: String,
+    pub namespace: Arc<str>,
     /// Which workloads it is for.
     pub scope: PolicyScope,
     /// What a match means.
@@ -130,7 +130,7 @@ pub enum Denied {
 pub fn check(
     directory: &Directory,
     server: Option<&Workload>,
-    namespace: &str,
+    namespace: &Arc<str>,
     connection: &Connection<'_>,
 ) -> Result<(), Denied> {
     let mut policies: Vec<(&Arc<str>, &Policy)> = Vec::new();
@@ -140,16 +140,8 @@ pub fn check(
             .ok_or_else(|| Denied::Unknown(name.clone()))?;
         policies.push((name, policy));
     }
-    policies.extend(
-        directory
-            .policies()
-            .map(|(name, policy)| (name, &**policy))
-            .filter(|(_, policy)| match policy.scope {
-                PolicyScope::Global => true,
-                PolicyScope::Namespace => policy.namespace == namespace,
-                PolicyScope::Selected => false,
-            }),
-    );
+    let unselective = directory.policies_of(namespace);
+    policies.extend(unselective.map(|(name, policy)| (name, &**policy)));
     policies.retain(|(_, policy)| !policy.dry_run);
     let of = |action| {
         policies
@@ -182,7 +174,7 @@ impl Match {
             return false;
         }
         let client = connection.client;
-        let namespace = client.map(SpiffeId::namespace);
+        let namespace = client.map(|id| &**id.namespace());
         let principal = client.map(|id| id.to_string().split_off("spiffe://".len()));
         let text =
             |wanted: &[Text], have: Option<&str>| wanted.iter().any(|text| text.matches(have));
@@ -191,7 +183,7 @@ impl Match {
             client.is_some_and(|id| {
                 wanted
                     .iter()
-                    .any(|(ns, sa)| ns == id.namespace() && sa == id.service_account())
+                    .any(|(ns, sa)| **ns == **id.namespace() && sa == id.service_account())
             })
         };
         let port = connection.destination.port();
@@ -243,7 +235,7 @@ mod tests {
             source: "10.0.0.1".parse().unwrap(),
             destination: "10.0.0.2:80".parse().unwrap(),
         };
-        check(&directory, None, "shop", &connection)
+        check(&directory, None, &"shop".into(), &connection)
     }
 
     fn policy(action: PolicyAction, one: Match) -> Policy {
@@ -330,7 +322,44 @@ mod tests {
             },
         );
         other.scope = PolicyScope::Namespace;
-        other.namespace = "elsewhere".to_owned();
+        other.namespace = "elsewhere".into();
         assert_eq!(decide(&[other], None), Ok(()));
+    }
+
+    #[test]
+    fn a_policy_that_a_workload_names_and_nobody_knows_denies() {
+        let mut directory = Directory::default();
+        let mut server = crate::directory::tests::workload("w", "10.0.0.2", "n");
+        server.policies = vec!["shop/lost".into()];
+        let connection = Connection {
+            client: None,
+            source: "10.0.0.1".parse().unwrap(),
+            destination: "10.0.0.2:80".parse().unwrap(),
+        };
+        let decide =
+            |directory: &Directory| check(directory, Some(&server), &"shop".into(), &connection);
+        assert_eq!(decide(&directory), Err(Denied::Unknown("shop/lost".into())));
+        let selected = Policy {
+            scope: PolicyScope::Selected,
+            ..policy(PolicyAction::Deny, principal("nobody"))
+        };
+        directory.put_policy("shop/lost".into(), selected);
+        assert_eq!(decide(&directory), Ok(()));
+    }
+
+    #[test]
+    fn a_policy_that_is_only_tried_denies_nothing() {
+        let mut tried = policy(PolicyAction::Allow, principal("nobody"));
+        tried.dry_run = true;
+        assert_eq!(decide(&[tried], Some(ALICE)), Ok(()));
+    }
+
+    #[test]
+    fn an_allow_without_rules_denies_everything() {
+        let none = Policy {
+            rules: Vec::new(),
+            ..policy(PolicyAction::Allow, Match::default())
+        };
+        assert_eq!(decide(&[none], Some(ALICE)), Err(Denied::NotAllowed));
     }
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use h2::client::SendRequest;
 
+use crate::connect::ConnectError;
 use crate::tunnel::OPENED_STREAMS;
 
 /// A connection without streams is closed after this long.
@@ -22,7 +23,7 @@ pub(crate) struct Key {
     pub(crate) address: SocketAddr,
 }
 
-/// An open connection.
+/// An open connection. It is closed when nobody refers to it any more.
 #[derive(Debug)]
 pub(crate) struct Connection {
     send: SendRequest<Bytes>,
@@ -33,15 +34,24 @@ pub(crate) struct Connection {
 
 /// The right to one stream of a connection; given back when dropped.
 #[derive(Debug)]
-pub(crate) struct Lease(Arc<Connection>);
+pub(crate) struct Lease {
+    connection: Arc<Connection>,
+    /// Whether the connection was made for this lease.
+    pub(crate) fresh: bool,
+}
 
-/// The connections of one key. The lock is held while one is being made: one at a time.
-type Entry = Arc<tokio::sync::Mutex<Vec<Arc<Connection>>>>;
+/// The connections of one key.
+#[derive(Debug, Default)]
+struct Entry {
+    open: Vec<Arc<Connection>>,
+    /// When the last try to open one failed, and why.
+    failed: Option<(Instant, Arc<ConnectError>)>,
+}
 
-/// All connections.
+/// All connections. The inner lock is held while a connection is being made: one at a time for a key.
 #[derive(Debug, Default)]
 pub(crate) struct Pool {
-    entries: Mutex<HashMap<Key, Entry>>,
+    entries: Mutex<HashMap<Key, Arc<tokio::sync::Mutex<Entry>>>>,
 }
 
 impl Connection {
@@ -59,8 +69,12 @@ impl Connection {
         self.closed.store(true, Ordering::Release);
     }
 
-    fn lease(self: &Arc<Self>) -> Option<Lease> {
-        if self.closed.load(Ordering::Acquire) {
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    fn lease(self: &Arc<Self>, fresh: bool) -> Option<Lease> {
+        if self.is_closed() {
             return None;
         }
         let limit = OPENED_STREAMS.min(self.send.current_max_send_streams());
@@ -68,62 +82,79 @@ impl Connection {
         self.streams
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, take)
             .ok()?;
-        Some(Lease(self.clone()))
+        Some(Lease {
+            connection: self.clone(),
+            fresh,
+        })
     }
 
     fn is_idle(&self, now: Instant) -> bool {
-        let last_used = *self
-            .last_used
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let last_used = self.last_used.lock();
+        let last_used = *last_used.unwrap_or_else(PoisonError::into_inner);
         self.streams.load(Ordering::Acquire) == 0 && now.duration_since(last_used) > IDLE
     }
 }
 
 impl Lease {
     pub(crate) fn send(&self) -> SendRequest<Bytes> {
-        self.0.send.clone()
+        self.connection.send.clone()
     }
 
-    /// The connection turned out to be broken.
+    /// The connection turned out to be broken, or takes no more streams.
     pub(crate) fn close(&self) {
-        self.0.close();
+        self.connection.close();
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        *self
-            .0
-            .last_used
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Instant::now();
-        self.0.streams.fetch_sub(1, Ordering::AcqRel);
+        let last_used = self.connection.last_used.lock();
+        *last_used.unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        self.connection.streams.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
 impl Pool {
-    /// A stream's place on an open connection, or on one that `connect` makes.
-    pub(crate) async fn lease<E>(
+    /// A stream's place on an open connection, or on one that `connect` makes. Whoever waited while
+    /// a connection could not be made shares that result, instead of waiting for a try of its own.
+    pub(crate) async fn lease(
         &self,
         key: &Key,
-        connect: impl AsyncFnOnce() -> Result<Arc<Connection>, E>,
-    ) -> Result<Lease, E> {
+        connect: impl AsyncFnOnce() -> Result<Arc<Connection>, ConnectError>,
+    ) -> Result<Lease, Arc<ConnectError>> {
+        let asked = Instant::now();
         let entry = self.entry(key);
-        let mut connections = entry.lock().await;
-        connections.retain(|connection| !connection.closed.load(Ordering::Acquire));
-        if let Some(lease) = connections.iter().find_map(Connection::lease) {
+        let mut entry = entry.lock().await;
+        entry.open.retain(|connection| !connection.is_closed());
+        if let Some(lease) = entry.open.iter().find_map(|open| open.lease(false)) {
             return Ok(lease);
         }
-        let connection = connect().await?;
-        // Nobody else has it yet, so there is room on it.
+        if let Some((at, error)) = &entry.failed
+            && *at > asked
+        {
+            return Err(error.clone());
+        }
+        let connected = connect().await;
+        let connection = connected.map_err(|error| {
+            let error = Arc::new(error);
+            entry.failed = Some((Instant::now(), error.clone()));
+            error
+        })?;
+        entry.failed = None;
+        // Nobody else has it yet, so there is room on it, whatever the peer allows.
         connection.streams.fetch_add(1, Ordering::AcqRel);
-        connections.push(connection.clone());
-        Ok(Lease(connection))
+        entry.open.push(connection.clone());
+        Ok(Lease {
+            connection,
+            fresh: true,
+        })
     }
 
-    fn entry(&self, key: &Key) -> Entry {
+    fn entry(&self, key: &Key) -> Arc<tokio::sync::Mutex<Entry>> {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(entry) = entries.get(key) {
+            return entry.clone();
+        }
         entries.entry(key.clone()).or_default().clone()
     }
 
@@ -134,13 +165,14 @@ impl Pool {
             if !keep(key) {
                 return false;
             }
-            let Ok(mut connections) = entry.try_lock() else {
+            let in_use = Arc::strong_count(entry) > 1;
+            let Ok(mut entry) = entry.try_lock() else {
                 return true;
             };
-            connections.retain(|connection| {
-                !connection.closed.load(Ordering::Acquire) && !connection.is_idle(now)
-            });
-            !connections.is_empty() || Arc::strong_count(entry) > 1
+            entry
+                .open
+                .retain(|connection| !connection.is_closed() && !connection.is_idle(now));
+            in_use || !entry.open.is_empty()
         });
     }
 
@@ -149,7 +181,7 @@ impl Pool {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         entries
             .values()
-            .filter_map(|entry| entry.try_lock().ok().map(|all| all.len()))
+            .filter_map(|entry| entry.try_lock().ok().map(|entry| entry.open.len()))
             .sum()
     }
 }

@@ -3,10 +3,11 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use prometheus_client::registry::Registry;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::certificates::Certificates;
@@ -16,13 +17,19 @@ use crate::local::LocalWorkloads;
 use crate::metrics::Metrics;
 use crate::pool::Pool;
 
+/// How long a connection waits for the first directory.
+const DISCOVERY_WAIT: Duration = Duration::from_secs(5);
+
+/// The mesh is not known yet: nobody can say whether the destination is in it, or who may reach it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the mesh is not known yet: nothing came from the controller in {DISCOVERY_WAIT:?}")]
+pub(crate) struct NotDiscovered;
+
 /// What a proxy is told at its start.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Trust domain of every identity here.
     pub trust_domain: TrustDomain,
-    /// The proxy's own address: a connection to it did not come by redirection.
-    pub own_address: Option<IpAddr>,
     /// Name of the cluster, for telemetry.
     pub cluster: String,
 }
@@ -38,8 +45,12 @@ pub struct Shared {
     pub local: ArcSwap<LocalWorkloads>,
     /// Their certificates.
     pub certificates: Arc<Certificates>,
-    pub(crate) metrics: Metrics,
+    /// Addresses of the proxy itself: a connection to one did not come by redirection, or would
+    /// come back to us.
+    pub own_addresses: ArcSwap<Vec<IpAddr>>,
+    pub(crate) metrics: Arc<Metrics>,
     pub(crate) pool: Pool,
+    discovered: watch::Sender<bool>,
     local_by_tunnel: AtomicBool,
     drain: CancellationToken,
 }
@@ -53,11 +64,42 @@ impl Shared {
             directory: ArcSwap::default(),
             local: ArcSwap::default(),
             certificates: Arc::default(),
+            own_addresses: ArcSwap::default(),
             metrics: Metrics::register(registry),
             pool: Pool::default(),
+            discovered: watch::Sender::new(false),
             local_by_tunnel: AtomicBool::new(false),
             drain: CancellationToken::new(),
         })
+    }
+
+    /// The directory is complete for the first time.
+    pub fn set_discovered(&self) {
+        self.discovered.send_replace(true);
+    }
+
+    /// Tells whether the directory has been complete once.
+    #[must_use]
+    pub fn discovered(&self) -> watch::Receiver<bool> {
+        self.discovered.subscribe()
+    }
+
+    /// Waits for the first directory, but not for long.
+    pub(crate) async fn wait_discovered(&self) -> Result<(), NotDiscovered> {
+        if *self.discovered.borrow() {
+            return Ok(());
+        }
+        let mut discovered = self.discovered.subscribe();
+        let complete = discovered.wait_for(|complete| *complete);
+        match tokio::time::timeout(DISCOVERY_WAIT, complete).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(NotDiscovered),
+        }
+    }
+
+    /// Whether an address belongs to the proxy itself.
+    pub(crate) fn is_own(&self, address: IpAddr) -> bool {
+        address.is_loopback() || self.own_addresses.load().contains(&address)
     }
 
     /// Two pods of this node talk through a tunnel, as across nodes, instead of directly.
@@ -82,10 +124,16 @@ impl Shared {
     pub fn sweep(&self) {
         let (local, directory) = (self.local.load(), self.directory.load());
         self.pool.sweep(Instant::now(), |key| {
-            let known =
-                directory.has_workload(&key.destination) || local.get(&key.destination).is_some();
+            let known = directory.workload(&key.destination).is_some()
+                || local.get(&key.destination).is_some();
             local.get(&key.source).is_some() && known
         });
+    }
+
+    /// Number of connections of pods that are open.
+    #[must_use]
+    pub fn connections(&self) -> i64 {
+        self.metrics.open()
     }
 
     /// Number of open connections to other proxies.

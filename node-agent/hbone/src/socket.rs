@@ -16,12 +16,19 @@ const BACKLOG: i32 = 4096;
 /// A socket that could not be made or connected.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DialError {
-    #[error("make a socket from {0:?}")]
+    #[error("make a socket that is bound to {0:?}")]
     Socket(Option<IpAddr>, #[source] io::Error),
     #[error("connect to {0}")]
     Connect(SocketAddr, #[source] io::Error),
     #[error("connect to {0}: no answer in {CONNECT_TIMEOUT:?}")]
     Timeout(SocketAddr),
+}
+
+impl DialError {
+    /// Whether the destination said that nobody listens.
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(self, Self::Connect(_, error) if error.kind() == io::ErrorKind::ConnectionRefused)
+    }
 }
 
 /// Listens on a port for connections to any address (TPROXY). Accepted sockets inherit its options.
@@ -53,6 +60,13 @@ pub(crate) async fn dial(source: Option<IpAddr>, to: SocketAddr) -> Result<TcpSt
         Ok(connected) => connected.map_err(|error| DialError::Connect(to, error)),
         Err(_) => Err(DialError::Timeout(to)),
     }
+}
+
+/// Connects a client to a pod of this node, from the client's address.
+pub(crate) async fn dial_pod(client: IpAddr, pod: SocketAddr) -> Result<TcpStream, DialError> {
+    // A pod does not accept packets from its own address that come from outside.
+    let source = (client != pod.ip()).then_some(client);
+    dial(source, pod).await
 }
 
 fn prepare(source: Option<IpAddr>, to: SocketAddr) -> io::Result<TcpSocket> {

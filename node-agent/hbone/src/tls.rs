@@ -20,7 +20,7 @@ use crate::identity::{IdentityError, SpiffeId, TrustDomain};
 
 /// A certificate whose identity is not what it should be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PeerError {
+pub(crate) enum PeerError {
     /// Not DER of X.509.
     #[error("the certificate cannot be read: {0}")]
     Unreadable(String),
@@ -42,7 +42,7 @@ pub enum PeerError {
 ///
 /// # Errors
 /// If it carries none, several, or something else.
-pub fn identity_of(certificate: &[u8]) -> Result<SpiffeId, PeerError> {
+pub(crate) fn identity_of(certificate: &[u8]) -> Result<SpiffeId, PeerError> {
     let (_, parsed) = X509Certificate::from_der(certificate)
         .map_err(|error| PeerError::Unreadable(error.to_string()))?;
     let names = parsed
@@ -63,8 +63,7 @@ pub fn identity_of(certificate: &[u8]) -> Result<SpiffeId, PeerError> {
 }
 
 /// Cipher suites and key exchange: AES-128 first, it is the cheapest where AES is in hardware.
-#[must_use]
-pub fn provider() -> Arc<CryptoProvider> {
+pub(crate) fn provider() -> Arc<CryptoProvider> {
     let mut provider = aws_lc_rs::default_provider();
     provider.cipher_suites = vec![
         aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256,
@@ -77,7 +76,7 @@ pub fn provider() -> Arc<CryptoProvider> {
 ///
 /// # Errors
 /// If the key does not fit the chain, or there are no roots.
-pub fn server_config(
+pub(crate) fn server_config(
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
     roots: Arc<RootCertStore>,
@@ -103,7 +102,7 @@ pub fn server_config(
 ///
 /// # Errors
 /// If the key does not fit the chain.
-pub fn client_config(
+pub(crate) fn client_config(
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
     roots: Arc<RootCertStore>,

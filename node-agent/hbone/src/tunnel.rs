@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::{self, SendRequest};
-use h2::{Ping, PingPong, RecvStream, SendStream, server};
+use h2::{Ping, PingPong, Reason, RecvStream, SendStream, server};
 use http::{Method, Request, StatusCode, Uri};
 use tokio::io::{AsyncRead, AsyncWrite};
+
+use crate::local::LocalWorkload;
 
 /// Flow-control window of a stream in bytes.
 const STREAM_WINDOW: u32 = 4 << 20;
@@ -25,8 +27,9 @@ const REQUEST_HEADERS: u32 = 64 << 10;
 const ACCEPTED_STREAMS: u32 = 200;
 /// Streams of one connection that we open.
 pub(crate) const OPENED_STREAMS: usize = 100;
-/// Small DATA frames are how a chatty connection looks; windows bound what they can cost.
-const DATA_FRAME_BUDGET: usize = 256 << 20;
+/// What small DATA frames that wait to be read may cost: some 260,000 of one byte. A chatty
+/// connection whose server is slow must not end the others of its tunnel.
+const DATA_FRAME_BUDGET: usize = 64 << 20;
 /// Time between two pings, and until the first.
 const PING_EVERY: Duration = Duration::from_secs(10);
 /// A peer that does not answer a ping for this long is gone.
@@ -35,12 +38,22 @@ const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// A CONNECT that did not become a tunnel.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TunnelError {
-    #[error("HTTP/2: {0}")]
+    #[error("CONNECT: {0}")]
     Http2(#[from] h2::Error),
-    #[error("{0} cannot be written as an authority")]
-    Authority(SocketAddr),
+    #[error("CONNECT to {0}: {1}")]
+    Request(SocketAddr, #[source] http::Error),
     #[error("the destination's proxy answered {0}")]
     Refused(StatusCode),
+}
+
+impl TunnelError {
+    /// Whether another connection may do better: the request was not looked at.
+    pub(crate) fn is_of_connection(&self) -> bool {
+        let Self::Http2(error) = self else {
+            return false;
+        };
+        error.is_io() || error.is_go_away() || error.reason() == Some(Reason::REFUSED_STREAM)
+    }
 }
 
 /// The client's side of a connection. The returned future drives it and must be polled.
@@ -73,9 +86,12 @@ pub(crate) async fn connect<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
 }
 
 /// The server's side of a connection.
+pub(crate) type ServerConnection<S> = server::Connection<S, Bytes>;
+
+/// Accepts the server's side of a connection.
 pub(crate) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
-) -> Result<server::Connection<S, Bytes>, h2::Error> {
+) -> Result<ServerConnection<S>, h2::Error> {
     server::Builder::new()
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -112,28 +128,35 @@ pub(crate) struct ConnectHeaders {
     pub(crate) traceparent: String,
 }
 
+/// Who a pod is, for telemetry of the other side.
+pub(crate) fn baggage(cluster: &str, pod: &LocalWorkload) -> String {
+    let (namespace, name) = (&pod.namespace, &pod.name);
+    format!("k8s.cluster.name={cluster},k8s.namespace.name={namespace},k8s.pod.name={name}")
+}
+
 /// Opens a tunnel to `authority` on a connection.
 pub(crate) async fn open(
-    send: &mut SendRequest<Bytes>,
+    send: SendRequest<Bytes>,
     authority: SocketAddr,
     headers: ConnectHeaders,
 ) -> Result<(SendStream<Bytes>, RecvStream), TunnelError> {
-    let uri = Uri::builder()
-        .authority(authority.to_string())
-        .build()
-        .map_err(|_| TunnelError::Authority(authority))?;
-    let request = Request::builder()
+    let request = request(authority, headers);
+    let request = request.map_err(|error| TunnelError::Request(authority, error))?;
+    let (answer, stream) = send.ready().await?.send_request(request, false)?;
+    let answer = answer.await?;
+    if answer.status() != StatusCode::OK {
+        return Err(TunnelError::Refused(answer.status()));
+    }
+    Ok((stream, answer.into_body()))
+}
+
+fn request(authority: SocketAddr, headers: ConnectHeaders) -> Result<Request<()>, http::Error> {
+    let uri = Uri::builder().authority(authority.to_string()).build()?;
+    Request::builder()
         .method(Method::CONNECT)
         .uri(uri)
         .header("baggage", headers.baggage)
         .header("forwarded", headers.forwarded)
         .header("traceparent", headers.traceparent)
         .body(())
-        .map_err(|_| TunnelError::Authority(authority))?;
-    let (answer, stream) = send.send_request(request, false)?;
-    let answer = answer.await?;
-    if answer.status() != StatusCode::OK {
-        return Err(TunnelError::Refused(answer.status()));
-    }
-    Ok((stream, answer.into_body()))
 }

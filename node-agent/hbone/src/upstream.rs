@@ -1,9 +1,11 @@
 //! Where a connection of a local pod goes. Pure.
 
-use std::net::{IpAddr, SocketAddr};
+use std::cmp::Reverse;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use crate::directory::{Balancing, Directory, Scope, Service, Workload};
+use crate::identity::SpiffeId;
 use crate::local::{LocalWorkload, LocalWorkloads};
 
 /// Port of HBONE on every workload that speaks it.
@@ -19,6 +21,8 @@ pub enum Upstream {
     Hbone {
         /// The workload behind it.
         workload: Arc<Workload>,
+        /// Whom its proxy must prove to be.
+        identity: SpiffeId,
         /// Its address and its own port.
         endpoint: SocketAddr,
     },
@@ -101,36 +105,30 @@ pub fn choose(
         });
     };
     let port = destination.port();
-    if !service.ports.contains(&port) {
+    if !service.ports.contains_key(&port) {
         return Err(Refusal::NoPort(service.key.clone(), port));
     }
-    let client = source
-        .addresses
-        .first()
-        .and_then(|address| directory.workload_at(*address));
+    let client = directory.workload(&source.uid).map(|client| &**client);
+    let balancing = &service.balancing;
     let mut ranked: Vec<(usize, u64, &Arc<Workload>, SocketAddr)> = directory
         .endpoints(&service.key)
-        .filter(|workload| workload.healthy || service.balancing.allow_unhealthy)
+        .filter(|workload| workload.healthy || balancing.allow_unhealthy)
         .filter_map(|workload| {
             let target = *workload.services.get(&service.key)?.get(&port)?;
-            let ip = *workload
-                .addresses
-                .iter()
-                .find(|ip| ip.is_ipv4() == destination.is_ipv4())?;
-            let shared = shared(&service.balancing, client.map(|client| &**client), workload);
-            Some((
-                shared,
-                shuffle(workload),
-                workload,
-                SocketAddr::new(ip, target),
-            ))
+            let mut addresses = workload.addresses.iter();
+            let ip = addresses.find(|ip| ip.is_ipv4() == destination.is_ipv4())?;
+            let endpoint = SocketAddr::new(*ip, target);
+            let shared = shared(balancing, client, workload);
+            Some((shared, shuffle(workload), workload, endpoint))
         })
+        .filter(|(shared, ..)| !balancing.strict || *shared == balancing.preference.len())
         .collect();
-    if service.balancing.strict {
-        ranked.retain(|(shared, ..)| *shared == service.balancing.preference.len());
+    let order = |way: &(usize, u64, _, _)| (Reverse(way.0), way.1);
+    if ranked.len() > TRIES {
+        ranked.select_nth_unstable_by_key(TRIES - 1, order);
+        ranked.truncate(TRIES);
     }
-    ranked.sort_by_key(|(shared, shuffled, ..)| (std::cmp::Reverse(*shared), *shuffled));
-    ranked.truncate(TRIES);
+    ranked.sort_by_key(order);
     if ranked.is_empty() {
         return Err(Refusal::NoEndpoint(service.key.clone(), port));
     }
@@ -153,10 +151,20 @@ fn way(local: &LocalWorkloads, workload: Option<&Arc<Workload>>, endpoint: Socke
             endpoint,
         };
     }
-    match workload {
+    let Some(known) = workload else {
+        return Upstream::Plain { workload, endpoint };
+    };
+    match known.hbone.clone() {
         // Never in plaintext, also when its proxy turns out not to answer.
-        Some(workload) if workload.hbone => Upstream::Hbone { workload, endpoint },
-        workload => Upstream::Plain { workload, endpoint },
+        Some(identity) => Upstream::Hbone {
+            workload: known,
+            identity,
+            endpoint,
+        },
+        None => Upstream::Plain {
+            workload: Some(known),
+            endpoint,
+        },
     }
 }
 
@@ -177,65 +185,18 @@ fn shared(balancing: &Balancing, client: Option<&Workload>, endpoint: &Workload)
         .count()
 }
 
-/// Whether an address belongs to the proxy itself: a connection to it did not come by TPROXY.
-#[must_use]
-pub fn is_own(proxy: Option<IpAddr>, destination: SocketAddr) -> bool {
-    destination.ip().is_loopback() || Some(destination.ip()) == proxy
-}
-
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
-    use crate::identity::{SpiffeId, TrustDomain};
-
-    fn identity() -> SpiffeId {
-        SpiffeId::new(&TrustDomain::new("td").unwrap(), "shop", "default").unwrap()
-    }
-
-    fn workload(name: &str, ip: &str, node: &str) -> Workload {
-        let ports = BTreeMap::from([(80, 8080)]);
-        Workload {
-            uid: name.into(),
-            name: name.to_owned(),
-            namespace: "shop".to_owned(),
-            identity: identity(),
-            addresses: vec![ip.parse().unwrap()],
-            node: node.to_owned(),
-            network: String::new(),
-            hbone: true,
-            healthy: true,
-            locality: Locality::default(),
-            workload_name: name.to_owned(),
-            canonical_name: name.to_owned(),
-            canonical_revision: "latest".to_owned(),
-            cluster: "Kubernetes".to_owned(),
-            services: BTreeMap::from([("shop/web".into(), ports)]),
-            policies: Vec::new(),
-        }
-    }
-
-    use crate::directory::Locality;
-
-    fn service(balancing: Balancing) -> Service {
-        Service {
-            key: "shop/web".into(),
-            name: "web".to_owned(),
-            namespace: "shop".to_owned(),
-            hostname: "web.shop.svc.cluster.local".to_owned(),
-            addresses: vec!["10.96.0.10".parse().unwrap()],
-            ports: vec![80],
-            balancing,
-        }
-    }
+    use crate::directory::tests::{service, workload};
+    use crate::identity::TrustDomain;
 
     fn client() -> LocalWorkload {
         LocalWorkload {
-            uid: "c".into(),
-            namespace: "shop".to_owned(),
-            name: "client".to_owned(),
-            identity: identity(),
+            uid: "client".into(),
+            namespace: "shop".into(),
+            name: "client".into(),
+            identity: SpiffeId::new(&TrustDomain::new("td").unwrap(), "shop", "default").unwrap(),
             addresses: vec!["10.0.1.1".parse().unwrap()],
         }
     }
