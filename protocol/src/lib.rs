@@ -22,7 +22,7 @@ pub mod discovery {
 }
 
 /// Workloads and Services (`istio.workload`).
-#[allow(missing_docs)]
+#[allow(missing_docs, clippy::large_enum_variant)]
 pub mod workload {
     tonic::include_proto!("istio.workload");
 }

@@ -7,9 +7,12 @@ use std::time::SystemTime;
 use axum::extract::State;
 use axum::routing::get;
 use axum::{Json, Router};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD as BASE64;
 use hbone::Shared;
-use hbone::certificates::Certificate;
+use hbone::certificates::Described;
 use hbone::directory::{Directory, Service, Workload};
+use jiff::Timestamp;
 use serde_json::{Value, json};
 
 /// The pages.
@@ -21,16 +24,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
 
 async fn config_dump(State(shared): State<Arc<Shared>>) -> Json<Value> {
     let directory = shared.directory.load_full();
-    let by_uid = |shared: &Shared| -> Vec<Value> {
-        let local = shared.local.load();
-        local.iter().map(|workload| json!({
-            "uid": &*workload.uid,
-            "namespace": workload.namespace,
-            "name": workload.name,
-            "identity": workload.identity.to_string(),
-            "workloadIps": workload.addresses,
-        })).collect()
-    };
+    let local = shared.local.load_full();
     Json(json!({
         "version": env!("CARGO_PKG_VERSION"),
         "config": {
@@ -48,7 +42,13 @@ async fn config_dump(State(shared): State<Arc<Shared>>) -> Json<Value> {
             "rules": policy.rules.len(),
         })).collect::<Vec<_>>(),
         "certificates": certificates(&shared),
-        "workloadState": by_uid(&shared),
+        "workloadState": local.iter().map(|workload| json!({
+            "uid": &*workload.uid,
+            "namespace": &*workload.namespace,
+            "name": &*workload.name,
+            "identity": workload.identity.to_string(),
+            "workloadIps": workload.addresses,
+        })).collect::<Vec<_>>(),
         "tunnels": shared.tunnels(),
     }))
 }
@@ -99,21 +99,63 @@ fn service(directory: &Directory, found: &Service) -> Value {
 fn certificates(shared: &Shared) -> Vec<Value> {
     let now = SystemTime::now();
     let states = shared.certificates.states();
-    let dump = |identity: String, state: &str, certificate: Option<&Arc<Certificate>>| {
-        json!({
-            "identity": identity,
-            "state": state,
-            "certChain": certificate.map_or_else(Vec::new, |found| found.chain_pem.clone()),
-            "rootCerts": certificate.map_or_else(Vec::new, |found| vec![found.roots_pem.clone()]),
-        })
-    };
     let rows = states.iter().map(|(identity, state)| {
         let word = match (state.valid(now), &state.error) {
             (Some(_), _) => "Available".to_owned(),
             (None, Some(error)) => format!("Unavailable: {error}"),
             (None, None) => "Initializing".to_owned(),
         };
-        dump(identity.to_string(), &word, state.certificate.as_ref())
+        let certificate = state.certificate.as_ref();
+        json!({
+            "identity": identity.to_string(),
+            "state": word,
+            "certChain": certificate.map_or_else(Vec::new, |found| described(&found.chain_described)),
+            "rootCerts": certificate.map_or_else(Vec::new, |found| described(&found.roots_described)),
+        })
     });
     rows.collect()
+}
+
+fn described(certificates: &[Described]) -> Vec<Value> {
+    let rows = certificates.iter().map(|certificate| {
+        json!({
+            // The field's tools expect the PEM text in base64 once more.
+            "pem": BASE64.encode(pem(&certificate.der)),
+            "serialNumber": certificate.serial,
+            "validFrom": rfc3339(certificate.not_before),
+            "expirationTime": rfc3339(certificate.not_after),
+        })
+    });
+    rows.collect()
+}
+
+/// RFC 7468.
+fn pem(der: &[u8]) -> String {
+    let text = BASE64.encode(der);
+    let mut lines = "-----BEGIN CERTIFICATE-----\n".to_owned();
+    let mut rest = text.as_str();
+    while !rest.is_empty() {
+        let (line, after) = rest.split_at(rest.len().min(64));
+        lines += &format!("{line}\n");
+        rest = after;
+    }
+    lines + "-----END CERTIFICATE-----\n"
+}
+
+fn rfc3339(time: SystemTime) -> String {
+    Timestamp::try_from(time).map_or_else(|error| error.to_string(), |time| time.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_is_printed_in_lines_of_64() {
+        let text = pem(&[0; 100]);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 5);
+        assert_eq!(lines[1].len(), 64);
+        assert_eq!(BASE64.decode(lines[1..4].concat()).unwrap(), [0; 100]);
+    }
 }

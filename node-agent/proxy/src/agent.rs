@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use bytes::Bytes;
 use futures::{SinkExt, StreamExt};
 use hbone::certificates::CertificateSource;
 use hbone::identity::TrustDomain;
@@ -126,7 +127,7 @@ impl<S: CertificateSource> Agent<S> {
                 let message = ProxyMessage {
                     message: report.clone().map(proxy_message::Message::Report),
                 };
-                let bytes = message.encode_to_vec().into();
+                let bytes = Bytes::from(message.encode_to_vec());
                 messages.send(bytes).await.map_err(AgentError::Report)?;
                 told = report;
             }
@@ -137,7 +138,9 @@ impl<S: CertificateSource> Agent<S> {
         let configuration = configuration::parse(configure, &self.trust_domain);
         let shared = &self.shared;
         shared.set_local_by_tunnel(configuration.local_by_tunnel);
-        shared.local.store(Arc::new(configuration.workloads.clone()));
+        shared
+            .local
+            .store(Arc::new(configuration.workloads.clone()));
         shared
             .certificates
             .want(&configuration.workloads.identities(), &self.signer);
@@ -173,7 +176,9 @@ fn say_hello(socket: &Path, hello: &Hello) -> Result<StdUnixStream, AgentError> 
     }
     .encode_to_vec();
     // Two names and a version: its length always fits.
-    let length = u32::try_from(message.len()).unwrap_or(u32::MAX).to_be_bytes();
+    let length = u32::try_from(message.len())
+        .unwrap_or(u32::MAX)
+        .to_be_bytes();
     let descriptors = [namespace.as_fd().as_raw_fd()];
     let sent = sendmsg::<()>(
         stream.as_raw_fd(),

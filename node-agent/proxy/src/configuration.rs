@@ -66,7 +66,10 @@ fn listener(wanted: &node::Listener) -> Result<Listener, String> {
         Ok(node::ListenerKind::Inbound) => ListenerKind::Inbound,
         Ok(node::ListenerKind::InboundPlaintext) => ListenerKind::InboundPlaintext,
         Ok(node::ListenerKind::Unspecified) | Err(_) => {
-            return Err(format!("a listener of kind {} is not known here", wanted.kind));
+            return Err(format!(
+                "a listener of kind {} is not known here",
+                wanted.kind
+            ));
         }
     };
     match u16::try_from(wanted.port) {
@@ -85,8 +88,8 @@ fn workload(wanted: node::Workload, trust_domain: &TrustDomain) -> Result<LocalW
     Ok(LocalWorkload {
         addresses: addresses.collect::<Result<_, _>>()?,
         uid: wanted.uid.into(),
-        namespace: wanted.namespace,
-        name: wanted.name,
+        namespace: wanted.namespace.into(),
+        name: wanted.name.into(),
         identity,
     })
 }
@@ -181,7 +184,12 @@ mod tests {
         assert_eq!(states["good"], WorkloadState::Pending as i32);
         assert_eq!(states["bad-ip"], WorkloadState::Failed as i32);
         assert_eq!(states["bad-account"], WorkloadState::Failed as i32);
-        assert!(report.listeners.iter().any(|l| l.port == 1 && !l.error.is_empty()));
+        assert!(
+            report
+                .listeners
+                .iter()
+                .any(|l| l.port == 1 && !l.error.is_empty())
+        );
     }
 
     #[test]

@@ -64,7 +64,10 @@ impl Controller {
     }
 
     /// `message` with the token as it is now.
-    pub(crate) async fn request<T>(&self, message: T) -> Result<tonic::Request<T>, ControllerError> {
+    pub(crate) async fn request<T>(
+        &self,
+        message: T,
+    ) -> Result<tonic::Request<T>, ControllerError> {
         let token = read(&self.token, ControllerError::Token).await?;
         let bearer: MetadataValue<Ascii> = format!("Bearer {}", token.trim())
             .parse()

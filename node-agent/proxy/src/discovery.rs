@@ -13,7 +13,7 @@ use prost_types::{Struct, Value, value::Kind};
 use protocol::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use protocol::discovery::{DeltaDiscoveryResponse, Node};
 use rand::Rng;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::args::Arguments;
@@ -46,7 +46,6 @@ pub(crate) struct Discovery {
     node: Node,
     shared: Arc<Shared>,
     subscriptions: Subscriptions,
-    complete: watch::Sender<bool>,
     metrics: Metrics,
 }
 
@@ -69,14 +68,8 @@ impl Discovery {
             node,
             shared,
             subscriptions: Subscriptions::default(),
-            complete: watch::Sender::new(false),
             metrics: Metrics::register(registry),
         }
-    }
-
-    /// Whether everything was received once.
-    pub(crate) fn complete(&self) -> watch::Receiver<bool> {
-        self.complete.subscribe()
     }
 
     /// Streams, again and again. While the controller is away, what was received last counts.
@@ -94,7 +87,8 @@ impl Discovery {
                 Err(error) => tracing::warn!("{:#}", anyhow::Error::from(error)),
             }
             // Not all proxies at once, when a controller comes back.
-            tokio::time::sleep(wait.mul_f64(rand::rng().random_range(0.5..1.5))).await;
+            let jitter = rand::rng().random_range(0.5..1.5);
+            tokio::time::sleep(wait.mul_f64(jitter)).await;
             wait = (wait * 2).min(LAST_RETRY);
         }
     }
@@ -106,7 +100,10 @@ impl Discovery {
             let sent = requests.send(request).await;
             sent.map_err(|_| StreamError::Requests)?;
         }
-        let request = self.controller.request(ReceiverStream::new(outgoing)).await?;
+        let request = self
+            .controller
+            .request(ReceiverStream::new(outgoing))
+            .await?;
         let mut responses = AggregatedDiscoveryServiceClient::new(channel)
             .max_decoding_message_size(LONGEST_MESSAGE)
             .delta_aggregated_resources(request)
@@ -136,7 +133,7 @@ impl Discovery {
             tracing::warn!(error = detail.message, "discovery: resources refused");
         }
         if self.subscriptions.complete() {
-            self.complete.send_replace(true);
+            self.shared.set_discovered();
         }
         Ok(answer)
     }

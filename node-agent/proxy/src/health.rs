@@ -36,8 +36,14 @@ pub(crate) fn readiness(readiness: Readiness) -> Router {
 
 async fn ready(State(readiness): State<Readiness>) -> (StatusCode, String) {
     let missing: Vec<&str> = [
-        (*readiness.serving.borrow(), "waiting for the node's agent to configure the listeners"),
-        (*readiness.discovered.borrow(), "waiting for discovery from the controller"),
+        (
+            *readiness.serving.borrow(),
+            "waiting for the node's agent to configure the listeners",
+        ),
+        (
+            *readiness.discovered.borrow(),
+            "waiting for discovery from the controller",
+        ),
         (!*readiness.ending.borrow(), "draining"),
     ]
     .into_iter()
@@ -82,7 +88,10 @@ impl Collector for CertificateExpiry {
             prometheus_client::metrics::MetricType::Gauge,
         )?;
         for (identity, state) in self.0.certificates.states().iter() {
-            let expiry = state.certificate.as_ref().map_or(UNIX_EPOCH, |found| found.not_after);
+            let expiry = state
+                .certificate
+                .as_ref()
+                .map_or(UNIX_EPOCH, |found| found.not_after);
             let gauge = ConstGauge::new(seconds(expiry));
             let labels = [("identity", SpiffeId::to_string(identity))];
             gauge.encode(family.encode_family(&labels)?)?;
@@ -92,5 +101,7 @@ impl Collector for CertificateExpiry {
 }
 
 fn seconds(time: SystemTime) -> f64 {
-    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+    time.duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs_f64()
 }

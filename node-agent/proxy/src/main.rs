@@ -1,27 +1,26 @@
-//! `ambit-proxy`: the HBONE proxy of a node.
+//! ambit-proxy: the HBONE proxy of a node.
 //!
 //! ```text
-//!  agent socket ──Configure──▶ agent ──▶ local workloads, listeners ─┐
-//!        ▲───────Report──────────┘                                   │
-//!  controller ──delta xDS──▶ discovery ──parse──▶ directory ─────────┼──▶ hbone (every connection)
-//!        ◀──CSR── signer ──chain──▶ certificates ────────────────────┘
-//!  people, kubelet ──▶ admin (15000) · health (15020, 15021)
+//!  agent (Unix socket) ──Configure──▶ listeners, local pods, wanted certificates ─┐
+//!        ◀──Report── what listens, which pod is ready                             │
+//!  controller ──delta xDS──▶ discovery ─▶ directory ──────────────────────────────┼─▶ hbone
+//!        ◀──CSR── signer ──▶ certificates ────────────────────────────────────────┘
+//!  admin :15000 ─ config_dump     health :15020 metrics, :15021 readiness
 //! ```
 //!
-//! The proxy parses bytes from strangers, so it holds no right but NET_RAW and reads no Kubernetes
-//! object. While agent or controller are away it keeps serving from what it was told last.
+//! It reads no Kubernetes object and holds no right but to make transparent sockets. What it was
+//! told last stays in force while agent or controller are away.
 
 mod admin;
 mod agent;
 mod args;
-mod configuration;
-mod controller;
+mod control_plane;
 mod discovery;
 mod health;
-mod parse;
+mod log;
 mod run;
 mod signer;
-mod subscription;
+mod status;
 
 use std::process::ExitCode;
 
@@ -31,14 +30,15 @@ use clap::Parser;
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
-    let arguments = args::Arguments::parse();
-    // Held until the end: it writes what is still in the queue.
-    let _logs = run::start_logs(&arguments);
-    match run::run(arguments) {
+    let args = args::Args::parse();
+    let logs = log::start(args.log_format);
+    let result = run::run(args, logs.levels());
+    if let Err(error) = &result {
+        tracing::error!(error = format!("{error:#}"), "ambit-proxy ends");
+    }
+    logs.finish();
+    match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!("{error:#}");
-            ExitCode::FAILURE
-        }
+        Err(_) => ExitCode::FAILURE,
     }
 }

@@ -17,7 +17,7 @@ use protocol::workload::{self as wire, TunnelProtocol, WorkloadStatus, WorkloadT
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Parsed {
     /// A workload.
-    Workload(Workload),
+    Workload(Box<Workload>),
     /// A service.
     Service(Service),
 }
@@ -51,7 +51,9 @@ const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
 /// A workload or a service under this resource name.
 pub(crate) fn address(name: &str, bytes: &[u8]) -> Result<Parsed, ParseError> {
     match wire::Address::decode(bytes)?.r#type {
-        Some(address::Type::Workload(found)) => workload(name, found).map(Parsed::Workload),
+        Some(address::Type::Workload(found)) => {
+            Ok(Parsed::Workload(Box::new(workload(name, found)?)))
+        }
         Some(address::Type::Service(found)) => service(name, found).map(Parsed::Service),
         None => Err(ParseError::Empty),
     }
@@ -247,7 +249,8 @@ fn texts(found: Vec<authorization::StringMatch>) -> Result<Vec<Text>, ParseError
 
 fn networks(found: &[authorization::Address]) -> Result<Vec<IpNet>, ParseError> {
     let networks = found.iter().map(|network| {
-        let length = u8::try_from(network.length).map_err(|_| ParseError::Prefix(network.length))?;
+        let length =
+            u8::try_from(network.length).map_err(|_| ParseError::Prefix(network.length))?;
         IpNet::new(ip(&network.address)?, length).map_err(|_| ParseError::Prefix(network.length))
     });
     networks.collect()
@@ -359,13 +362,16 @@ mod tests {
             ..authorization::Authorization::default()
         }
         .encode_to_vec();
-        assert_eq!(policy(&policy_bytes), Err(ParseError::Extension("x".to_owned())));
+        assert_eq!(
+            policy(&policy_bytes),
+            Err(ParseError::Extension("x".to_owned()))
+        );
     }
 
     #[test]
     fn a_virtual_network_is_no_virtual_address() {
         let network = |length| wire::NetworkAddress {
-            address: vec![10, 0, 0, 0].into(),
+            address: vec![10, 0, 0, 0],
             length,
             ..wire::NetworkAddress::default()
         };

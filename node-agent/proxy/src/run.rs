@@ -53,6 +53,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
 async fn serve(arguments: Arguments) -> Result<()> {
     let mut registry = Registry::default();
     let shared = Shared::new(settings(&arguments), &mut registry);
+    shared.own_addresses.store(Arc::new(vec![arguments.pod_ip]));
     registry.register_collector(Box::new(CertificateExpiry(shared.clone())));
     let server = Arc::new(Server::new(shared.clone()));
     let controller = Controller::new(
@@ -71,12 +72,16 @@ async fn serve(arguments: Arguments) -> Result<()> {
         arguments.agent_socket.clone(),
         hello(&arguments),
         arguments.trust_domain.clone(),
-        (shared.clone(), server.clone(), Arc::new(Signer::new(controller))),
+        (
+            shared.clone(),
+            server.clone(),
+            Arc::new(Signer::new(controller)),
+        ),
     );
     let ending = watch::Sender::new(false);
     let readiness = Readiness {
         serving: agent.serving(),
-        discovered: discovery.complete(),
+        discovered: shared.discovered(),
         ending: ending.subscribe(),
     };
     http(arguments.admin, admin::router(shared)).await?;
@@ -99,7 +104,6 @@ async fn serve(arguments: Arguments) -> Result<()> {
 fn settings(arguments: &Arguments) -> Settings {
     Settings {
         trust_domain: arguments.trust_domain.clone(),
-        own_address: Some(arguments.pod_ip),
         cluster: arguments.cluster_id.clone(),
     }
 }

@@ -1,97 +1,81 @@
-//! Has certificate requests signed by the controller, on behalf of the node's workloads.
+//! Has certificates signed by the controller, in the field's protocol.
 
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hbone::certificates::CertificateSource;
 use hbone::identity::SpiffeId;
-use prost_types::{Struct, Value, value::Kind};
+use prost_types::value::Kind;
+use prost_types::{Struct, Value};
 use protocol::certificate::IstioCertificateRequest;
 use protocol::certificate::istio_certificate_service_client::IstioCertificateServiceClient;
-use tokio::sync::Mutex;
-use tonic::transport::Channel;
 
-use crate::controller::Controller;
+use crate::control_plane::{ControlPlane, ControlPlaneError};
 
-/// The lifetime that is asked for; the controller may shorten it.
-const VALIDITY: Duration = Duration::from_secs(24 * 60 * 60);
+/// How long a certificate is asked to be valid.
+const VALIDITY: Duration = Duration::from_secs(24 * 3600);
 const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A signature that the controller did not give.
+#[derive(Debug, thiserror::Error)]
+enum SignError {
+    #[error(transparent)]
+    ControlPlane(#[from] ControlPlaneError),
+    #[error("the controller says {:?}: {}", .0.code(), .0.message())]
+    Refused(#[source] Box<tonic::Status>),
+}
 
 /// The controller as the signer of certificates.
 #[derive(Debug)]
 pub(crate) struct Signer {
-    controller: Controller,
-    /// Kept while it works.
-    channel: Mutex<Option<Channel>>,
-}
-
-impl Signer {
-    pub(crate) fn new(controller: Controller) -> Self {
-        Self {
-            controller,
-            channel: Mutex::default(),
-        }
-    }
-
-    async fn channel(&self) -> Result<Channel, String> {
-        let mut channel = self.channel.lock().await;
-        if let Some(open) = &*channel {
-            return Ok(open.clone());
-        }
-        let open = self.controller.connect().await.map_err(|e| chain(&e))?;
-        Ok(channel.insert(open).clone())
-    }
-
-    async fn ask(&self, message: IstioCertificateRequest) -> Result<Vec<String>, String> {
-        let channel = self.channel().await?;
-        let mut request = self
-            .controller
-            .request(message)
-            .await
-            .map_err(|e| chain(&e))?;
-        request.set_timeout(TIMEOUT);
-        let answer = IstioCertificateServiceClient::new(channel)
-            .create_certificate(request)
-            .await;
-        match answer {
-            Ok(answer) => Ok(answer.into_inner().cert_chain),
-            Err(status) => {
-                // The next try connects anew: this replica may be going, or the roots have changed.
-                *self.channel.lock().await = None;
-                Err(format!("{}: {}", status.code(), status.message()))
-            }
-        }
-    }
+    pub(crate) control_plane: Arc<ControlPlane>,
 }
 
 impl CertificateSource for Signer {
     async fn sign(&self, identity: &SpiffeId, request_pem: String) -> Result<Vec<String>, String> {
-        self.ask(IstioCertificateRequest {
-            csr: request_pem,
-            validity_duration: VALIDITY.as_secs().cast_signed(),
-            metadata: Some(impersonate(identity)),
-        })
-        .await
+        let answer = self.ask(identity, request_pem).await;
+        answer.map_err(|error| with_causes(&error))
     }
 }
 
-fn impersonate(identity: &SpiffeId) -> Struct {
-    let identity = Value {
+impl Signer {
+    async fn ask(&self, identity: &SpiffeId, csr: String) -> Result<Vec<String>, SignError> {
+        let channel = self.control_plane.channel().await?;
+        let message = request(identity, csr);
+        let mut request = self.control_plane.request(message).await?;
+        request.set_timeout(TIMEOUT);
+        let mut client = IstioCertificateServiceClient::new(channel);
+        let answer = client.create_certificate(request).await;
+        let answer = answer.map_err(|status| SignError::Refused(Box::new(status)))?;
+        Ok(answer.into_inner().cert_chain)
+    }
+}
+
+fn request(identity: &SpiffeId, csr: String) -> IstioCertificateRequest {
+    let impersonated = Value {
         kind: Some(Kind::StringValue(identity.to_string())),
     };
-    Struct {
-        fields: BTreeMap::from([("ImpersonatedIdentity".to_owned(), identity)]),
+    IstioCertificateRequest {
+        csr,
+        validity_duration: VALIDITY.as_secs().try_into().unwrap_or(i64::MAX),
+        metadata: Some(Struct {
+            fields: BTreeMap::from([("ImpersonatedIdentity".to_owned(), impersonated)]),
+        }),
     }
 }
 
-/// An error with its causes, in one line.
-fn chain(error: &dyn Error) -> String {
+/// An error with its causes, each once.
+pub(crate) fn with_causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text += &format!(": {error}");
-        cause = error.source();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
     }
     text
 }

@@ -44,7 +44,9 @@ impl Subscriptions {
 
     /// Whether every type was received at least once, from whichever controller.
     pub(crate) fn complete(&self) -> bool {
-        TYPES.iter().all(|type_url| self.versions.contains_key(type_url))
+        TYPES
+            .iter()
+            .all(|type_url| self.versions.contains_key(type_url))
     }
 
     /// Puts a response into `directory`; the answer to it.
@@ -99,7 +101,7 @@ fn put(
             directory.put_policy(resource.name.as_str().into(), policy);
         }
         _ => match parse::address(&resource.name, bytes)? {
-            Parsed::Workload(workload) => directory.put_workload(workload),
+            Parsed::Workload(workload) => directory.put_workload(*workload),
             Parsed::Service(service) => directory.put_service(service),
         },
     }
@@ -160,9 +162,16 @@ mod tests {
     #[test]
     fn a_reconnect_names_what_is_here() {
         let (mut subscriptions, mut directory) = (Subscriptions::default(), Directory::default());
-        let two = vec![workload("a", "1", &[10, 0, 0, 1]), workload("b", "1", &[10, 0, 0, 2])];
-        subscriptions.receive(response(two, &[]), &mut directory).unwrap();
-        subscriptions.receive(response(vec![], &["b"]), &mut directory).unwrap();
+        let two = vec![
+            workload("a", "1", &[10, 0, 0, 1]),
+            workload("b", "1", &[10, 0, 0, 2]),
+        ];
+        subscriptions
+            .receive(response(two, &[]), &mut directory)
+            .unwrap();
+        subscriptions
+            .receive(response(vec![], &["b"]), &mut directory)
+            .unwrap();
         let [addresses, policies] = &subscriptions.open(&Node::default())[..] else {
             panic!("two types");
         };
@@ -171,21 +180,31 @@ mod tests {
             HashMap::from([("a".to_owned(), "1".to_owned())])
         );
         assert!(policies.initial_resource_versions.is_empty());
-        assert!(directory.has_workload("a") && !directory.has_workload("b"));
+        assert!(directory.workload("a").is_some() && directory.workload("b").is_none());
     }
 
     #[test]
     fn a_bad_resource_is_refused_and_the_rest_counts() {
         let (mut subscriptions, mut directory) = (Subscriptions::default(), Directory::default());
         let good = workload("a", "1", &[10, 0, 0, 1]);
-        subscriptions.receive(response(vec![good], &[]), &mut directory).unwrap();
-        let mixed = vec![workload("a", "2", &[10, 0, 0]), workload("b", "1", &[10, 0, 0, 2])];
-        let answer = subscriptions.receive(response(mixed, &[]), &mut directory).unwrap();
+        subscriptions
+            .receive(response(vec![good], &[]), &mut directory)
+            .unwrap();
+        let mixed = vec![
+            workload("a", "2", &[10, 0, 0]),
+            workload("b", "1", &[10, 0, 0, 2]),
+        ];
+        let answer = subscriptions
+            .receive(response(mixed, &[]), &mut directory)
+            .unwrap();
         let detail = answer.error_detail.unwrap();
         assert!(detail.message.starts_with("a: "), "{}", detail.message);
         assert_eq!(answer.response_nonce, "n");
-        assert!(directory.has_workload("b"));
-        assert!(directory.workload_at("10.0.0.1".parse().unwrap()).is_some(), "the old one stays");
+        assert!(directory.workload("b").is_some());
+        assert!(
+            directory.workload_at("10.0.0.1".parse().unwrap()).is_some(),
+            "the old one stays"
+        );
         let open = subscriptions.open(&Node::default());
         assert_eq!(open[0].initial_resource_versions["a"], "1");
     }
@@ -193,7 +212,9 @@ mod tests {
     #[test]
     fn it_is_complete_when_both_types_came_even_if_empty() {
         let (mut subscriptions, mut directory) = (Subscriptions::default(), Directory::default());
-        subscriptions.receive(response(vec![], &[]), &mut directory).unwrap();
+        subscriptions
+            .receive(response(vec![], &[]), &mut directory)
+            .unwrap();
         assert!(!subscriptions.complete());
         let mut policies = response(vec![], &[]);
         policies.type_url = AUTHORIZATION_TYPE.to_owned();

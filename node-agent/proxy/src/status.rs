@@ -1,0 +1,47 @@
+//! Whether the proxy is ready, and if not, what is missing.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use hbone::Shared;
+
+/// What the parts tell about themselves.
+#[derive(Debug)]
+pub(crate) struct Status {
+    shared: Arc<Shared>,
+    /// Whether the agent is connected and has said what to do.
+    pub(crate) configured: AtomicBool,
+    /// Whether every wanted listener is bound.
+    pub(crate) listening: AtomicBool,
+    /// Whether discovery is connected now.
+    pub(crate) discovery: AtomicBool,
+    /// Whether the proxy is about to end.
+    pub(crate) draining: AtomicBool,
+}
+
+impl Status {
+    pub(crate) fn new(shared: Arc<Shared>) -> Arc<Self> {
+        Arc::new(Self {
+            shared,
+            configured: AtomicBool::new(false),
+            listening: AtomicBool::new(false),
+            discovery: AtomicBool::new(false),
+            draining: AtomicBool::new(false),
+        })
+    }
+
+    /// What keeps the proxy from being ready.
+    pub(crate) fn missing(&self) -> Vec<&'static str> {
+        let discovered = *self.shared.discovered().borrow();
+        let is = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
+        [
+            (is(&self.configured), "the node's agent is not connected"),
+            (is(&self.listening), "not every listener is bound"),
+            (discovered, "nothing was received from the controller yet"),
+            (!is(&self.draining), "the proxy is ending"),
+        ]
+        .into_iter()
+        .filter_map(|(fine, missing)| (!fine).then_some(missing))
+        .collect()
+    }
+}
