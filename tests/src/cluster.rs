@@ -1,10 +1,12 @@
 //! The running cluster: its objects through kubectl, its nodes through their namespaces.
 
+use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::command::{self, Outcome};
 use crate::wait::eventually;
@@ -12,10 +14,15 @@ use crate::wait::eventually;
 /// Namespace of Ambit's own programs.
 pub const SYSTEM: &str = "ambit-system";
 
+/// Label that brings a namespace or a pod into the mesh, or keeps a pod out.
+pub const MODE_LABEL: &str = "istio.io/dataplane-mode";
+
 /// The cluster that `tests/run-cluster-rings` brought up.
 #[derive(Clone, Debug)]
 pub struct Cluster {
     kubectl: String,
+    /// Of somebody else than the administrator.
+    kubeconfig: Option<PathBuf>,
 }
 
 impl Cluster {
@@ -26,7 +33,34 @@ impl Cluster {
     pub fn current() -> Result<Self> {
         let kubectl = setting("AMBIT_KUBECTL")?;
         setting("KUBECONFIG")?;
-        Ok(Self { kubectl })
+        Ok(Self {
+            kubectl,
+            kubeconfig: None,
+        })
+    }
+
+    /// The same cluster, for who has this token.
+    ///
+    /// # Errors
+    /// If the configuration cannot be read or written.
+    pub fn with_token(&self, token: &str) -> Result<Self> {
+        let view = self.kubectl(&["config", "view", "--raw", "-o", "json"])?;
+        let mut view: Value = serde_json::from_str(&view)?;
+        for user in view["users"].as_array_mut().into_iter().flatten() {
+            user["user"] = json!({"token": token});
+        }
+        let path = std::env::temp_dir().join(format!("ambit-{}.kubeconfig", std::process::id()));
+        fs::write(&path, view.to_string()).with_context(|| format!("{}", path.display()))?;
+        Ok(Self {
+            kubectl: self.kubectl.clone(),
+            kubeconfig: Some(path),
+        })
+    }
+
+    /// Path of kubectl.
+    #[must_use]
+    pub fn program(&self) -> &str {
+        &self.kubectl
     }
 
     /// Runs kubectl; a failure is part of the outcome.
@@ -34,7 +68,11 @@ impl Cluster {
     /// # Errors
     /// If kubectl cannot be started.
     pub fn try_kubectl(&self, arguments: &[&str], input: &str) -> Result<Outcome> {
-        command::run(Command::new(&self.kubectl).args(arguments), input)
+        let mut kubectl = Command::new(&self.kubectl);
+        if let Some(path) = &self.kubeconfig {
+            kubectl.env("KUBECONFIG", path);
+        }
+        command::run(kubectl.args(arguments), input)
     }
 
     /// Runs kubectl; what it printed.
@@ -106,6 +144,41 @@ impl Cluster {
         })
     }
 
+    /// Waits until every pod of `namespace` that should be is in the mesh; how long it took.
+    ///
+    /// # Errors
+    /// If one is not within `limit`.
+    pub fn wait_in_mesh(&self, namespace: &str, limit: Duration) -> Result<Duration> {
+        eventually(limit, "in the mesh", || {
+            let pods = self.get(&["-n", namespace, "pods"])?;
+            let nodes = self.get(&["ambientnodes"])?;
+            for pod in items(&pods).filter(|pod| wants_mesh(pod)) {
+                let node = items(&nodes)
+                    .find(|node| node["metadata"]["name"] == pod["spec"]["nodeName"])
+                    .with_context(|| format!("no AmbientNode of {}", pod["spec"]["nodeName"]))?;
+                if !enrolled(node, &pod["metadata"]["uid"]) {
+                    bail!("{}: {:#}", pod["metadata"]["name"], node["status"]);
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Waits until every one of Ambit's programs runs as its manifest says, and every node is Ready.
+    ///
+    /// # Errors
+    /// If one does not within a minute and a half.
+    pub fn wait_recovered(&self) -> Result<()> {
+        for workload in [
+            "deployment/ambit-controller",
+            "daemonset/ambit-node-agent",
+            "daemonset/ambit-proxy",
+        ] {
+            self.kubectl(&["-n", SYSTEM, "rollout", "status", workload, "--timeout=90s"])?;
+        }
+        self.wait_mesh_ready(Duration::from_secs(90)).map(drop)
+    }
+
     /// Waits until the AmbientNodes of all nodes are Ready; how long it took.
     ///
     /// # Errors
@@ -169,6 +242,25 @@ impl Cluster {
         Ok(message)
     }
 
+    /// A merge patch of an AmbientNode's spec.
+    ///
+    /// # Errors
+    /// If the API server refuses it.
+    pub fn patch_spec(&self, node: &str, spec: &Value) -> Result<()> {
+        let patch = json!({"spec": spec}).to_string();
+        self.kubectl(&["patch", "ambientnode", node, "--type=merge", "-p", &patch])
+            .map(drop)
+    }
+
+    /// How often the containers of a pod of Ambit's were started anew.
+    ///
+    /// # Errors
+    /// If the pod does not exist.
+    pub fn restarts(&self, pod: &str) -> Result<u32> {
+        let path = ".status.containerStatuses[0].restartCount";
+        Ok(self.pod_field(SYSTEM, pod, path)?.parse()?)
+    }
+
     /// A field of a pod, as a JSON path.
     ///
     /// # Errors
@@ -191,22 +283,21 @@ impl Cluster {
     /// If there is none.
     pub fn pod_on(&self, namespace: &str, label: &str, node: &str) -> Result<String> {
         let field = format!("--field-selector=spec.nodeName={node}");
-        let names = self.kubectl(&[
-            "-n",
-            namespace,
-            "get",
-            "pods",
-            "-l",
-            label,
-            &field,
-            "-o",
-            "jsonpath={.items[*].metadata.name}",
-        ])?;
-        names
-            .split_whitespace()
-            .next()
+        let pods = self.get(&["-n", namespace, "pods", "-l", label, &field])?;
+        items(&pods)
+            .map(|pod| &pod["metadata"])
+            .find(|pod| pod["deletionTimestamp"].is_null())
+            .and_then(|pod| pod["name"].as_str())
             .map(str::to_owned)
             .with_context(|| format!("no pod {label} of {namespace} on {node}"))
+    }
+
+    /// The one pod of Ambit's own program on `node`.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn system_pod(&self, program: &str, node: &str) -> Result<String> {
+        self.pod_on(SYSTEM, &format!("app.kubernetes.io/name={program}"), node)
     }
 
     /// Runs a command in a pod; a failure is part of the outcome.
@@ -229,6 +320,26 @@ impl Cluster {
         all.extend(arguments);
         command::output("nsenter", &all)
     }
+}
+
+/// The objects of a list.
+pub fn items(list: &Value) -> impl Iterator<Item = &Value> {
+    list["items"].as_array().into_iter().flatten()
+}
+
+fn wants_mesh(pod: &Value) -> bool {
+    pod["spec"]["hostNetwork"] != true && pod["metadata"]["labels"][MODE_LABEL] != "none"
+}
+
+/// Whether an AmbientNode's status speaks of its present spec and has this pod in the mesh.
+fn enrolled(node: &Value, uid: &Value) -> bool {
+    let has = |list: &Value| {
+        let entries = list.as_array().into_iter().flatten();
+        entries.into_iter().any(|entry| entry["uid"] == *uid)
+    };
+    node["status"]["observedGeneration"] == node["metadata"]["generation"]
+        && has(&node["spec"]["workloads"])
+        && !has(&node["status"]["pending"])
 }
 
 /// A setting that the script that runs these tests makes.

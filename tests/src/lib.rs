@@ -11,5 +11,11 @@
 pub mod capture;
 pub mod cluster;
 pub mod command;
+pub mod guard;
 pub mod manifest;
+pub mod pki;
+pub mod podtool;
+pub mod process;
+pub mod stage;
+pub mod traffic;
 pub mod wait;

@@ -23,14 +23,20 @@ pub fn namespace(name: &str, mode: Option<&str>) -> String {
 pub struct Pod<'a> {
     /// Namespace of the pod.
     pub namespace: &'a str,
-    /// Name of the pod, its service account and its `app` label.
+    /// Name of the pod and of its service account.
     pub name: &'a str,
+    /// Value of its `app` label, if it is not its name.
+    pub app: Option<&'a str>,
     /// Node it runs on.
     pub node: &'a str,
     /// Value of the pod's own `istio.io/dataplane-mode` label.
     pub mode: Option<&'a str>,
     /// Whether it uses the node's network namespace.
     pub host_network: bool,
+    /// First of its ports, if they are not the usual ones: on the node's network they are the node's.
+    pub ports_from: Option<u16>,
+    /// Command of the container instead of podtool's servers, as YAML in flow style.
+    pub command: Option<&'a str>,
     /// Kubelet's probe of the container, as YAML in flow style.
     pub probe: Option<&'a str>,
 }
@@ -42,9 +48,12 @@ impl<'a> Pod<'a> {
         Self {
             namespace,
             name,
+            app: None,
             node,
             mode: None,
             host_network: false,
+            ports_from: None,
+            command: None,
             probe: None,
         }
     }
@@ -59,18 +68,26 @@ impl<'a> Pod<'a> {
             host_network,
             ..
         } = self;
+        let app = self.app.unwrap_or(name);
         let mode = self.mode.map_or_else(String::new, |mode| {
             format!(", istio.io/dataplane-mode: {mode}")
         });
         let probes = self.probe.map_or_else(String::new, |probe| {
             format!(", readinessProbe: {probe}, livenessProbe: {probe}")
         });
-        // A pod of the node's own network must not collide with another's ports there.
-        let serve = if *host_network {
-            "[serve, --tcp, '19000', --http, '18080', --udp, '15353']"
-        } else {
-            "[serve]"
-        };
+        let serve = self.ports_from.map_or_else(
+            || "[serve]".to_owned(),
+            |first| {
+                let [tcp, after_end, http] = [first, first + 1, first + 2];
+                format!(
+                    "[serve, --tcp, '{tcp}', --udp, '{tcp}', --after-end, '{after_end}', --http, '{http}']"
+                )
+            },
+        );
+        let run = self.command.map_or_else(
+            || format!("args: {serve}"),
+            |command| format!("command: {command}"),
+        );
         format!(
             "apiVersion: v1
 kind: ServiceAccount
@@ -78,14 +95,14 @@ metadata: {{name: {name}, namespace: {namespace}}}
 ---
 apiVersion: v1
 kind: Pod
-metadata: {{name: {name}, namespace: {namespace}, labels: {{app: {name}, role: podtool{mode}}}}}
+metadata: {{name: {name}, namespace: {namespace}, labels: {{app: {app}{mode}}}}}
 spec:
   nodeName: {node}
   serviceAccountName: {name}
   hostNetwork: {host_network}
   terminationGracePeriodSeconds: 0
   containers:
-  - {{name: podtool, image: '{PODTOOL}', imagePullPolicy: Never, args: {serve}{probes}}}
+  - {{name: podtool, image: '{PODTOOL}', imagePullPolicy: Never, {run}{probes}}}
 ---
 "
         )
@@ -101,6 +118,19 @@ pub fn service(namespace: &str, name: &str, app: &str, headless: bool) -> String
 kind: Service
 metadata: {{name: {name}, namespace: {namespace}}}
 spec: {{{cluster_ip}selector: {{app: {app}}}, ports: [{{name: tcp, port: {TCP}}}, {{name: http, port: 80, targetPort: {HTTP}}}]}}
+---
+"
+    )
+}
+
+/// A Service of one port.
+#[must_use]
+pub fn service_port(namespace: &str, name: &str, app: &str, port: u16) -> String {
+    format!(
+        "apiVersion: v1
+kind: Service
+metadata: {{name: {name}, namespace: {namespace}}}
+spec: {{selector: {{app: {app}}}, ports: [{{port: {port}}}]}}
 ---
 "
     )

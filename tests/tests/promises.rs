@@ -8,16 +8,33 @@ use anyhow::{Context, Result, ensure};
 
 #[test]
 fn every_promise_names_a_test_that_runs() -> Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace")?;
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .context("the workspace")?;
     let promises = fs::read_to_string(root.join("docs/promises.md"))?;
-    let rows: Vec<&str> = promises.lines().filter(|line| line.starts_with("| ")).skip(1).collect();
+    let rows: Vec<&str> = promises
+        .lines()
+        .filter(|line| line.starts_with("| "))
+        .skip(1)
+        .collect();
     ensure!(rows.len() > 20, "docs/promises.md has {} rows", rows.len());
     let tests = tests_below(root)?;
     for row in rows {
-        let named: Vec<&str> = row.split('`').skip(1).step_by(2).filter(|word| is_test_name(word)).collect();
-        ensure!(!named.is_empty(), "no test is named for this promise: {row}");
+        let named: Vec<&str> = row
+            .split('`')
+            .skip(1)
+            .step_by(2)
+            .filter(|word| is_test_name(word))
+            .collect();
+        ensure!(
+            !named.is_empty(),
+            "no test is named for this promise: {row}"
+        );
         for name in named {
-            ensure!(tests.contains(name), "there is no test `{name}`, or it does not run: {row}");
+            ensure!(
+                tests.contains(name),
+                "there is no test `{name}`, or it does not run: {row}"
+            );
         }
     }
     Ok(())
@@ -25,13 +42,18 @@ fn every_promise_names_a_test_that_runs() -> Result<()> {
 
 /// A test is named by a sentence: words joined by underscores.
 fn is_test_name(word: &str) -> bool {
-    word.contains('_') && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+    word.contains('_')
+        && word
+            .chars()
+            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
 }
 
 /// Names of all test functions of the workspace that are not ignored.
 fn tests_below(root: &Path) -> Result<BTreeSet<String>> {
     let mut tests = BTreeSet::new();
-    let mut folders: Vec<_> = ["crds", "protocol", "controller", "node-agent", "tests"].map(|name| root.join(name)).to_vec();
+    let mut folders: Vec<_> = ["crds", "protocol", "controller", "node-agent", "tests"]
+        .map(|name| root.join(name))
+        .to_vec();
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).with_context(|| format!("{}", folder.display()))? {
             let path = entry?.path();
@@ -54,7 +76,13 @@ fn tests_in(source: &str) -> Vec<String> {
             _ if line.starts_with("#[tokio::test") => is_test = true,
             _ if line.starts_with("#[ignore") => ignored = true,
             _ => {
-                let Some(name) = line.split("fn ").nth(1).and_then(|rest| rest.split('(').next()) else { continue };
+                let Some(name) = line
+                    .split("fn ")
+                    .nth(1)
+                    .and_then(|rest| rest.split('(').next())
+                else {
+                    continue;
+                };
                 if is_test && !ignored {
                     names.push(name.to_owned());
                 }

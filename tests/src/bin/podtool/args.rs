@@ -1,5 +1,7 @@
 //! The command line.
 
+use std::net::Ipv4Addr;
+
 use clap::{Args, Parser, Subcommand};
 use http::Uri;
 
@@ -91,6 +93,12 @@ pub(crate) enum Command {
         /// The datagram.
         #[arg(long, default_value = "ping")]
         text: String,
+    },
+    /// Sends an ICMP echo request and waits for its reply.
+    Ping {
+        /// Address.
+        #[arg(long)]
+        to: Ipv4Addr,
     },
     /// Looks a name up.
     Resolve {

@@ -2,16 +2,21 @@
 
 mod hbone;
 mod http;
+mod ping;
 mod tcp;
 mod udp;
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use tokio::net::{TcpStream, lookup_host};
 
 use crate::args::Command;
+
+/// How long an answer to a ping may take.
+const PING_LIMIT: Duration = Duration::from_secs(5);
 
 /// Runs one client.
 pub(crate) async fn run(command: Command) -> Result<Value> {
@@ -31,6 +36,9 @@ pub(crate) async fn run(command: Command) -> Result<Value> {
         Command::Download { url } => http::download(&url).await,
         Command::Upload { url, bytes } => http::upload(&url, bytes).await,
         Command::Udp { to, text } => udp::send(&to, &text).await,
+        Command::Ping { to } => {
+            tokio::task::spawn_blocking(move || ping::send(to, PING_LIMIT)).await?
+        }
         Command::Resolve { name } => resolve(&name).await,
         Command::Hbone {
             to,

@@ -1,0 +1,151 @@
+//! The way that connections took, as the proxies count them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Context, Result};
+
+use crate::cluster::{Cluster, SYSTEM};
+
+/// Port of a proxy's metrics.
+const METRICS: u16 = 15020;
+
+/// What all proxies have counted up to now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counted(BTreeMap<String, u64>);
+
+impl Counted {
+    /// Asks every proxy.
+    ///
+    /// # Errors
+    /// If one does not answer.
+    pub fn now(cluster: &Cluster) -> Result<Self> {
+        let mut all = BTreeMap::new();
+        for node in cluster.nodes()? {
+            let pod = cluster.system_pod("ambit-proxy", &node)?;
+            let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{pod}:{METRICS}/proxy/metrics");
+            let text = cluster.kubectl(&["get", "--raw", &path])?;
+            all.extend(text.lines().filter_map(|line| connections(&node, line)));
+        }
+        Ok(Self(all))
+    }
+
+    /// The ways that were taken since `before` from or to a namespace whose name starts so: a line each,
+    /// for example `node-1 out shop/client -> shop/server mtls` (`via` a Service, `failed` with a flag).
+    #[must_use]
+    pub fn since(&self, before: &Self, namespaces: &str) -> BTreeSet<String> {
+        self.0
+            .iter()
+            .filter(|(way, count)| before.0.get(*way) != Some(count))
+            .filter(|(way, _)| way.split(' ').any(|word| word.starts_with(namespaces)))
+            .map(|(way, _)| way.clone())
+            .collect()
+    }
+}
+
+/// Does something, and tells which ways connections of these namespaces took meanwhile.
+///
+/// # Errors
+/// If it fails, or a proxy does not answer.
+pub fn ways_of<T>(
+    cluster: &Cluster,
+    namespaces: &str,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<(T, Vec<String>)> {
+    let before = Counted::now(cluster)?;
+    let done = work()?;
+    let after = Counted::now(cluster)?;
+    Ok((done, after.since(&before, namespaces).into_iter().collect()))
+}
+
+/// A line of a proxy's metrics, if it counts connections that were opened or failed.
+fn connections(node: &str, line: &str) -> Option<(String, u64)> {
+    let (kind, rest) = line
+        .strip_prefix("istio_tcp_connections_")?
+        .split_once('{')?;
+    let (labels, count) = rest.rsplit_once("} ")?;
+    let labels: BTreeMap<&str, &str> = labels
+        .split(',')
+        .filter_map(|pair| pair.split_once('='))
+        .map(|(name, value)| (name, value.trim_matches('"')))
+        .collect();
+    let label = |name: &str| labels.get(name).copied().unwrap_or("unknown");
+    let end = |side: &str| {
+        let namespace = label(&format!("{side}_workload_namespace"));
+        format!("{namespace}/{}", label(&format!("{side}_workload")))
+    };
+    let direction = if label("reporter") == "source" {
+        "out"
+    } else {
+        "in"
+    };
+    let security = match label("connection_security_policy") {
+        "mutual_tls" => "mtls",
+        _ => "plain",
+    };
+    let mut way = format!(
+        "{node} {direction} {} -> {}",
+        end("source"),
+        end("destination")
+    );
+    if label("destination_service") != "unknown" {
+        way += &format!(" via {}", label("destination_service"));
+    }
+    match kind {
+        "opened_total" => way += &format!(" {security}"),
+        "failed_total" => way += &format!(" failed {}", label("response_flags")),
+        _ => return None,
+    }
+    Some((way, count.trim().parse().ok()?))
+}
+
+/// The lines that a proxy's access log has about a destination since `since` (RFC 3339).
+///
+/// # Errors
+/// If there is no proxy.
+pub fn log_of(cluster: &Cluster, node: &str, since: &str, about: &str) -> Result<Vec<String>> {
+    let pod = cluster.system_pod("ambit-proxy", node)?;
+    let since = format!("--since-time={since}");
+    let log = cluster
+        .kubectl(&["-n", SYSTEM, "logs", &pod, &since])
+        .context("the proxy's log")?;
+    Ok(log
+        .lines()
+        .filter(|line| line.contains(about))
+        .map(str::to_owned)
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LINE: &str = r#"istio_tcp_connections_opened_total{reporter="source",source_workload="client",source_workload_namespace="shop",destination_workload="server",destination_workload_namespace="shop",destination_service="server.shop.svc.cluster.local",connection_security_policy="mutual_tls",response_flags="-"} 3"#;
+
+    #[test]
+    fn a_line_of_metrics_becomes_a_way() {
+        let way = "node-1 out shop/client -> shop/server via server.shop.svc.cluster.local mtls";
+        assert_eq!(connections("node-1", LINE), Some((way.to_owned(), 3)));
+        assert_eq!(
+            connections("node-1", "# HELP istio_tcp_connections_opened Connections"),
+            None
+        );
+        assert_eq!(
+            connections("node-1", "istio_tcp_sent_bytes_total{a=\"b\"} 3"),
+            None
+        );
+    }
+
+    #[test]
+    fn only_ways_whose_count_has_changed_are_new() {
+        let counted = |count| {
+            Counted(
+                connections("node-1", &LINE.replace(" 3", count))
+                    .into_iter()
+                    .collect(),
+            )
+        };
+        assert!(counted(" 3").since(&counted(" 3"), "shop").is_empty());
+        assert_eq!(counted(" 4").since(&counted(" 3"), "shop").len(), 1);
+        assert!(counted(" 4").since(&counted(" 3"), "other").is_empty());
+    }
+}
