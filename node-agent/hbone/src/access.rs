@@ -127,7 +127,8 @@ fn end(workload: Option<&Arc<Workload>>, identity: Option<&SpiffeId>) -> End {
 }
 
 /// An error with its causes, each once: some errors print their cause themselves.
-pub(crate) fn with_causes(error: &dyn Error) -> String {
+#[must_use]
+pub fn with_causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

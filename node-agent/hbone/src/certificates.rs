@@ -59,14 +59,13 @@ pub struct Described {
 /// A certificate with its key, ready for use.
 pub struct Certificate {
     identity: SpiffeId,
-    chain: Vec<CertificateDer<'static>>,
     key: PrivatePkcs8KeyDer<'static>,
-    roots: Arc<RootCertStore>,
+    trusted: Arc<RootCertStore>,
     server: Arc<ServerConfig>,
     /// The chain, leaf first, without the roots.
-    pub chain_described: Vec<Described>,
+    pub chain: Vec<Described>,
     /// The roots.
-    pub roots_described: Vec<Described>,
+    pub roots: Vec<Described>,
     /// From when it is valid.
     pub not_before: SystemTime,
     /// Until when it is valid.
@@ -96,7 +95,8 @@ impl Certificate {
     /// If rustls refuses the key.
     pub fn client(&self, expected: SpiffeId) -> Result<Arc<ClientConfig>, rustls::Error> {
         let key = PrivateKeyDer::Pkcs8(self.key.clone_key());
-        tls::client_config(self.chain.clone(), key, self.roots.clone(), expected)
+        let chain = self.chain.iter().map(|one| one.der.clone()).collect();
+        tls::client_config(chain, key, self.trusted.clone(), expected)
     }
 
     /// How long from now until it is renewed: half of its life, with some jitter so that not all
@@ -309,30 +309,28 @@ fn accept(identity: &SpiffeId, key: &KeyPair, answer: &[String]) -> Result<Certi
         .first()
         .map(|leaf| (leaf.not_before, leaf.not_after));
     let (not_before, not_after) = validity.ok_or("the answer has no certificate")?;
-    let root_certificates = pem_certificates(roots_pem)?;
-    let roots_described = describe_all(&root_certificates)?;
-    let mut roots = RootCertStore::empty();
-    for root in root_certificates {
-        let added = roots.add(root);
+    let roots = describe_all(&pem_certificates(roots_pem)?)?;
+    let mut trusted = RootCertStore::empty();
+    for root in &roots {
+        let added = trusted.add(root.der.clone());
         added.map_err(|error| format!("a root: {error}"))?;
     }
-    let roots = Arc::new(roots);
+    let trusted = Arc::new(trusted);
     let pkcs8 = PrivatePkcs8KeyDer::from(key.serialize_der());
     let server = tls::server_config(
-        chain.clone(),
+        chain,
         PrivateKeyDer::Pkcs8(pkcs8.clone_key()),
-        roots.clone(),
+        trusted.clone(),
         identity.trust_domain().clone(),
     )
     .map_err(|error| error.to_string())?;
     Ok(Certificate {
         identity: identity.clone(),
-        chain,
         key: pkcs8,
-        roots,
+        trusted,
         server,
-        chain_described,
-        roots_described,
+        chain: chain_described,
+        roots,
         not_before,
         not_after,
     })

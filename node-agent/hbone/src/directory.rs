@@ -25,6 +25,8 @@ pub struct Workload {
     pub hbone: Option<SpiffeId>,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
+    /// Whether its addresses are those of its node, which others have too.
+    pub host_network: bool,
     /// Node it runs on.
     pub node: String,
     /// Its network; empty for the only one.
@@ -47,6 +49,17 @@ pub struct Workload {
     pub services: BTreeMap<Arc<str>, BTreeMap<u16, u16>>,
     /// Policies that select it (`namespace/name`).
     pub policies: Vec<Arc<str>>,
+}
+
+impl Workload {
+    /// The addresses that say who it is.
+    fn unique_addresses(&self) -> &[IpAddr] {
+        if self.host_network {
+            &[]
+        } else {
+            &self.addresses
+        }
+    }
 }
 
 /// Where a workload is.
@@ -124,7 +137,7 @@ impl Directory {
     /// Adds a workload, or replaces that of its name.
     pub fn put_workload(&mut self, workload: Workload) {
         self.remove_workload(&workload.uid);
-        for address in &workload.addresses {
+        for address in workload.unique_addresses() {
             self.by_address
                 .entry(*address)
                 .or_default()
@@ -145,7 +158,7 @@ impl Directory {
         let Some(workload) = self.workloads.remove(uid) else {
             return;
         };
-        for address in &workload.addresses {
+        for address in workload.unique_addresses() {
             remove_from(&mut self.by_address, address, uid);
         }
         for service in workload.services.keys() {
@@ -301,6 +314,7 @@ pub(crate) mod tests {
             service_account: "default".to_owned(),
             hbone: Some(identity.unwrap()),
             addresses: vec![ip.parse().unwrap()],
+            host_network: false,
             node: node.to_owned(),
             network: String::new(),
             healthy: true,

@@ -41,5 +41,6 @@ mod access;
 mod copy;
 mod metrics;
 
+pub use access::with_causes;
 pub use serve::{ListenerKind, Server};
 pub use shared::{Settings, Shared};

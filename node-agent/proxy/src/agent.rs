@@ -1,196 +1,219 @@
-//! The way to the node's agent: says hello, does what it tells, and reports.
+//! The node's agent, over its Unix socket: we hand over our network namespace, it says what to do,
+//! we tell how far we are.
+//!
+//! ```text
+//!  connect ─▶ Hello + descriptor ─▶ ┌ Configure ─▶ parse ─▶ apply ┐
+//!     ▲                             └ certificate or listener changed ─▶ Report ┘
+//!     └──────── backoff ◀─── closed; what was applied stays in force
+//! ```
 
-use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::{Path, PathBuf};
+mod configuration;
+mod hello;
+mod report;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
+use bytes::BytesMut;
 use futures::{SinkExt, StreamExt};
-use hbone::certificates::CertificateSource;
-use hbone::identity::TrustDomain;
-use hbone::{Server, Shared};
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use hbone::serve::Listener;
+use hbone::{Server, Shared, with_causes};
 use prost::Message;
+use protocol::node::agent_message::Message as FromAgent;
+use protocol::node::proxy_message::Message as ToAgent;
 use protocol::node::{AgentMessage, Configure, Hello, ProxyMessage, Report};
-use protocol::node::{agent_message, proxy_message};
+use rand::Rng;
 use tokio::net::UnixStream;
-use tokio::sync::watch;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
-use crate::configuration::{self, Bound, Configuration};
+use configuration::Configuration;
 
-/// Longest message: far more than the workloads of any node.
-const LONGEST_MESSAGE: usize = 8 << 20;
-const RETRY: Duration = Duration::from_millis(500);
-/// How often what nobody may use any more is looked for.
-const SWEEP: Duration = Duration::from_secs(1);
+use crate::signer::Signer;
+use crate::status::Status;
+
+/// Largest message of the agent in bytes: some hundred thousand pods.
+const LARGEST_MESSAGE: usize = 16 << 20;
+/// How often what nothing tells about is looked at: expiry, and ports that were taken.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+const RECONNECT_AT_MOST: Duration = Duration::from_secs(2);
 
 /// A conversation with the agent that ended.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum AgentError {
-    #[error("connect to the agent at {}: is ambit-node-agent running on this node?", .0.display())]
+enum AgentError {
+    #[error("connect to the agent at {}", .0.display())]
     Connect(PathBuf, #[source] io::Error),
-    #[error("open this process's network namespace")]
-    Namespace(#[source] io::Error),
     #[error("say hello to the agent")]
-    Hello(#[source] io::Error),
-    #[error("read from the agent")]
-    Read(#[source] io::Error),
-    #[error("a message of the agent")]
-    Message(#[from] prost::DecodeError),
-    #[error("report to the agent")]
-    Report(#[source] io::Error),
+    Hello(#[source] hello::HelloError),
+    #[error("exchange messages with the agent")]
+    Exchange(#[from] io::Error),
+    #[error("the agent's message cannot be read")]
+    Decode(#[from] prost::DecodeError),
     #[error("the agent closed the connection")]
     Closed,
 }
 
-/// Does what the agent of this node tells.
-pub(crate) struct Agent<S> {
-    socket: PathBuf,
-    hello: Hello,
-    trust_domain: TrustDomain,
-    shared: Arc<Shared>,
-    server: Arc<Server>,
-    signer: Arc<S>,
-    serving: watch::Sender<bool>,
-    configuration: Option<Configuration>,
-    bound: Bound,
+/// What the agent steers.
+pub(crate) struct Agent {
+    pub(crate) socket: PathBuf,
+    pub(crate) hello: Hello,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) server: Arc<Server>,
+    pub(crate) signer: Arc<Signer>,
+    pub(crate) status: Arc<Status>,
 }
 
-impl<S: CertificateSource> Agent<S> {
-    pub(crate) fn new(
-        socket: PathBuf,
-        hello: Hello,
-        trust_domain: TrustDomain,
-        (shared, server, signer): (Arc<Shared>, Arc<Server>, Arc<S>),
-    ) -> Self {
-        Self {
-            socket,
-            hello,
-            trust_domain,
-            shared,
-            server,
-            signer,
-            serving: watch::Sender::new(false),
-            configuration: None,
-            bound: Bound::new(),
-        }
-    }
+/// What the agent said last, and how far the listeners got.
+struct Applied {
+    configuration: Configuration,
+    listeners: BTreeMap<Listener, Result<(), io::Error>>,
+}
 
-    /// Whether a configuration came and all of its listeners are bound.
-    pub(crate) fn serving(&self) -> watch::Receiver<bool> {
-        self.serving.subscribe()
-    }
-
-    /// Talks to the agent, again and again. While it is away, its last word counts.
-    pub(crate) async fn run(mut self) {
+impl Agent {
+    /// Talks with the agent for ever.
+    pub(crate) async fn run(self) {
+        let mut wait = Duration::ZERO;
+        let mut applied = None;
         loop {
-            match self.talk().await {
-                Ok(()) | Err(AgentError::Closed) => tracing::info!("the agent is gone"),
-                Err(error) => tracing::warn!("{:#}", anyhow::Error::from(error)),
-            }
-            tokio::time::sleep(RETRY).await;
+            let Err(error) = self.converse(&mut applied).await;
+            let was_configured = self.status.configured.swap(false, Ordering::Relaxed);
+            tracing::warn!(
+                error = with_causes(&error),
+                "no agent; what it said last stays in force"
+            );
+            wait = if was_configured {
+                Duration::from_millis(50)
+            } else {
+                (wait * 2).clamp(Duration::from_millis(50), RECONNECT_AT_MOST)
+            };
+            let jitter = rand::rng().random_range(0.8..1.2);
+            tokio::time::sleep(wait.mul_f64(jitter)).await;
         }
     }
 
-    async fn talk(&mut self) -> Result<(), AgentError> {
-        let stream = say_hello(&self.socket, &self.hello)?;
-        let stream = UnixStream::from_std(stream).map_err(AgentError::Hello)?;
+    async fn converse(
+        &self,
+        applied: &mut Option<Applied>,
+    ) -> Result<std::convert::Infallible, AgentError> {
+        let mut stream = UnixStream::connect(&self.socket)
+            .await
+            .map_err(|error| AgentError::Connect(self.socket.clone(), error))?;
+        let message = encode(ToAgent::Hello(self.hello.clone()));
+        let said = hello::send(&mut stream, &message).await;
+        said.map_err(AgentError::Hello)?;
         let codec = LengthDelimitedCodec::builder()
-            .max_frame_length(LONGEST_MESSAGE)
+            .max_frame_length(LARGEST_MESSAGE)
             .new_codec();
         let mut messages = Framed::new(stream, codec);
         let mut certificates = self.shared.certificates.changes();
-        let mut sweep = tokio::time::interval(SWEEP);
-        let mut told: Option<Report> = None;
-        tracing::info!(socket = %self.socket.display(), "the agent is here");
+        let mut discovered = self.shared.discovered();
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        let mut reported: Option<Report> = None;
+        let mut configured = false;
         loop {
             tokio::select! {
                 message = messages.next() => {
-                    let bytes = message.ok_or(AgentError::Closed)?.map_err(AgentError::Read)?;
-                    if let Some(agent_message::Message::Configure(configure)) =
-                        AgentMessage::decode(bytes)?.message
-                    {
-                        self.configure(configure);
+                    let message = message.ok_or(AgentError::Closed)??;
+                    if let Some(configure) = decode(message)? {
+                        let trust_domain = &self.shared.settings.trust_domain;
+                        let configuration = Configuration::parse(trust_domain, configure);
+                        *applied = Some(self.apply(configuration));
+                        configured = true;
+                        reported = None;
                     }
                 }
-                // Never an error: the sender is in `shared`.
+                // These two can only end together with the process.
                 _ = certificates.changed() => {}
-                // Also: a certificate has expired.
-                _ = sweep.tick() => self.shared.sweep(),
+                _ = discovered.changed() => {}
+                _ = look.tick() => {
+                    if let Some(applied) = applied {
+                        self.listen_again(applied);
+                    }
+                }
             }
-            let report = self.report();
-            if report.is_some() && report != told {
-                let message = ProxyMessage {
-                    message: report.clone().map(proxy_message::Message::Report),
-                };
-                let bytes = Bytes::from(message.encode_to_vec());
-                messages.send(bytes).await.map_err(AgentError::Report)?;
-                told = report;
+            let Some(applied) = applied.as_ref().filter(|_| configured) else {
+                continue;
+            };
+            self.status.configured.store(true, Ordering::Relaxed);
+            let report = self.report(applied);
+            if reported.as_ref() != Some(&report) {
+                let message = encode(ToAgent::Report(report.clone()));
+                messages.send(message.freeze()).await?;
+                reported = Some(report);
             }
         }
     }
 
-    fn configure(&mut self, configure: Configure) {
-        let configuration = configuration::parse(configure, &self.trust_domain);
-        let shared = &self.shared;
-        shared.set_local_by_tunnel(configuration.local_by_tunnel);
-        shared
-            .local
-            .store(Arc::new(configuration.workloads.clone()));
-        shared
-            .certificates
-            .want(&configuration.workloads.identities(), &self.signer);
-        let results = self.server.listen(&configuration.listeners).into_iter();
-        self.bound = results
-            .map(|(listener, result)| (listener, result.err().map(|error| error.to_string())))
-            .collect();
-        shared.sweep();
-        self.serving.send_replace(
-            !configuration.listeners.is_empty() && self.bound.values().all(Option::is_none),
+    fn apply(&self, configuration: Configuration) -> Applied {
+        tracing::info!(
+            generation = configuration.generation,
+            workloads = configuration.workloads.iter().count(),
+            "configured by the agent"
         );
-        self.configuration = Some(configuration);
+        for (uid, error) in &configuration.refused {
+            tracing::warn!(
+                uid,
+                error,
+                "a workload that the agent named cannot be served"
+            );
+        }
+        let identities = configuration.workloads.identities();
+        self.shared.local.store(configuration.workloads.clone());
+        self.shared.certificates.want(&identities, &self.signer);
+        self.shared
+            .set_local_by_tunnel(configuration.local_by_tunnel);
+        self.shared.sweep();
+        let listeners = self.listen(&configuration);
+        Applied {
+            configuration,
+            listeners,
+        }
     }
 
-    fn report(&self) -> Option<Report> {
-        let configuration = self.configuration.as_ref()?;
-        Some(configuration::report(
+    fn listen(&self, configuration: &Configuration) -> BTreeMap<Listener, Result<(), io::Error>> {
+        let listeners = self.server.listen(&configuration.listeners);
+        let all = listeners.values().all(Result::is_ok);
+        self.status.listening.store(all, Ordering::Relaxed);
+        listeners
+    }
+
+    /// Tries ports again that were taken.
+    fn listen_again(&self, applied: &mut Applied) {
+        let draining = self.status.draining.load(Ordering::Relaxed);
+        if !draining && applied.listeners.values().any(Result::is_err) {
+            applied.listeners = self.listen(&applied.configuration);
+        }
+    }
+
+    fn report(&self, applied: &Applied) -> Report {
+        let states = self.shared.certificates.states();
+        let discovered = *self.shared.discovered().borrow();
+        let Applied {
             configuration,
-            &self.bound,
-            &self.shared.certificates.states(),
+            listeners,
+        } = applied;
+        report::build(
+            configuration,
+            listeners,
+            &states,
+            discovered,
             SystemTime::now(),
-        ))
+        )
     }
 }
 
-/// Connects and hands over this process's network namespace with the first message.
-fn say_hello(socket: &Path, hello: &Hello) -> Result<StdUnixStream, AgentError> {
-    let stream = StdUnixStream::connect(socket)
-        .map_err(|error| AgentError::Connect(socket.to_owned(), error))?;
-    let namespace = std::fs::File::open("/proc/self/ns/net").map_err(AgentError::Namespace)?;
+fn encode(message: ToAgent) -> BytesMut {
     let message = ProxyMessage {
-        message: Some(proxy_message::Message::Hello(hello.clone())),
-    }
-    .encode_to_vec();
-    // Two names and a version: its length always fits.
-    let length = u32::try_from(message.len())
-        .unwrap_or(u32::MAX)
-        .to_be_bytes();
-    let descriptors = [namespace.as_fd().as_raw_fd()];
-    let sent = sendmsg::<()>(
-        stream.as_raw_fd(),
-        &[IoSlice::new(&length), IoSlice::new(&message)],
-        &[ControlMessage::ScmRights(&descriptors)],
-        MsgFlags::empty(),
-        None,
-    )
-    .map_err(|errno| AgentError::Hello(errno.into()))?;
-    if sent != length.len() + message.len() {
-        return Err(AgentError::Hello(io::ErrorKind::WriteZero.into()));
-    }
-    stream.set_nonblocking(true).map_err(AgentError::Hello)?;
-    Ok(stream)
+        message: Some(message),
+    };
+    BytesMut::from(&*message.encode_to_vec())
+}
+
+fn decode(message: BytesMut) -> Result<Option<Configure>, prost::DecodeError> {
+    // A newer agent may say something else.
+    let message = AgentMessage::decode(message)?.message;
+    Ok(message.map(|FromAgent::Configure(configure)| configure))
 }

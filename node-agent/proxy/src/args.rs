@@ -13,13 +13,25 @@ use tonic::transport::Uri;
 #[command(version)]
 pub(crate) struct Args {
     /// Where discovery and signing are served.
-    #[arg(long, env = "CONTROLLER", default_value = "https://ambit-controller.ambit-system.svc:15012")]
+    #[arg(
+        long,
+        env = "CONTROLLER",
+        default_value = "https://ambit-controller.ambit-system.svc:15012"
+    )]
     pub(crate) controller: Uri,
     /// PEM file with the roots that the controller's certificate must lead to.
-    #[arg(long, env = "ROOT_CERT", default_value = "/var/run/ambit/root/root-cert.pem")]
+    #[arg(
+        long,
+        env = "ROOT_CERT",
+        default_value = "/var/run/ambit/root/root-cert.pem"
+    )]
     pub(crate) root_cert: PathBuf,
     /// File with the token that says to the controller who we are.
-    #[arg(long, env = "TOKEN", default_value = "/var/run/secrets/tokens/istio-token")]
+    #[arg(
+        long,
+        env = "TOKEN",
+        default_value = "/var/run/secrets/tokens/istio-token"
+    )]
     pub(crate) token: PathBuf,
     /// Unix socket of the node's agent.
     #[arg(long, env = "AGENT_SOCKET", default_value = "/run/ambit/agent.sock")]
@@ -105,6 +117,9 @@ mod tests {
         .unwrap();
         assert_eq!(args.drain_seconds, Duration::from_secs(5));
         assert_eq!(args.trust_domain.as_str(), "cluster.local");
-        assert_eq!(args.controller.host(), Some("ambit-controller.ambit-system.svc"));
+        assert_eq!(
+            args.controller.host(),
+            Some("ambit-controller.ambit-system.svc")
+        );
     }
 }

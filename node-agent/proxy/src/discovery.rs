@@ -1,192 +1,201 @@
-//! Keeps the directory as the controller knows it, over connections that may break at any time.
+//! The directory, by delta xDS from the controller.
+//!
+//! ```text
+//!  connect ─▶ subscribe to both types, naming what we have ─▶ ┌ response ─▶ absorb ─▶ swap directory ┐
+//!     ▲                                                       └───────────── ACK or NACK ◀───────────┘
+//!     └──────── backoff ◀─── closed; the directory stays as it is
+//! ```
 
-use std::collections::BTreeMap;
+mod absorb;
+mod parse;
+mod policy;
+
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use hbone::Shared;
-use hbone::directory::Directory;
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::Registry;
-use prost_types::{Struct, Value, value::Kind};
+use hbone::{Shared, with_causes};
+use prost_types::value::Kind;
+use prost_types::{ListValue, Struct, Value};
 use protocol::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
-use protocol::discovery::{DeltaDiscoveryResponse, Node};
+use protocol::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use rand::Rng;
 use tokio::sync::mpsc;
+use tokio::task::JoinError;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
 
-use crate::args::Arguments;
-use crate::controller::{Controller, ControllerError};
-use crate::subscription::{Subscriptions, UnknownType};
+use absorb::{Held, Kind as Type};
 
-/// Longest message that is taken, in bytes (the field's number).
-const LONGEST_MESSAGE: usize = 200 << 20;
-const FIRST_RETRY: Duration = Duration::from_millis(50);
-const LAST_RETRY: Duration = Duration::from_secs(15);
-/// A stream that lasted this long was a good one.
-const GOOD_STREAM: Duration = Duration::from_secs(30);
+use crate::args::Args;
+use crate::control_plane::{ControlPlane, ControlPlaneError};
+use crate::status::Status;
 
-/// A stream that ended.
+/// Largest message of the controller in bytes.
+const LARGEST_MESSAGE: usize = 200 << 20;
+const BACKOFF_FIRST: Duration = Duration::from_millis(100);
+const BACKOFF_LAST: Duration = Duration::from_secs(15);
+/// From so many resources on a response is worked on beside the threads that carry traffic.
+const BULKY: usize = 200;
+
+/// A connection to the controller that ended.
 #[derive(Debug, thiserror::Error)]
-enum StreamError {
+enum DiscoveryError {
     #[error(transparent)]
-    Controller(#[from] ControllerError),
-    #[error("discovery: {}: {}", .0.code(), .0.message())]
-    Status(#[from] tonic::Status),
-    #[error("discovery: the stream takes no more requests")]
-    Requests,
-    #[error("discovery")]
-    Type(#[from] UnknownType),
+    ControlPlane(#[from] ControlPlaneError),
+    #[error("the controller says {:?}: {}", .0.code(), .0.message())]
+    Status(#[source] Box<tonic::Status>),
+    #[error("the controller closed the stream")]
+    Closed,
+    #[error("work on a response")]
+    Absorb(#[from] JoinError),
 }
 
-/// Keeps the directory current.
+impl From<tonic::Status> for DiscoveryError {
+    fn from(status: tonic::Status) -> Self {
+        Self::Status(Box::new(status))
+    }
+}
+
+/// What fills the directory.
 pub(crate) struct Discovery {
-    controller: Controller,
-    node: Node,
-    shared: Arc<Shared>,
-    subscriptions: Subscriptions,
-    metrics: Metrics,
-}
-
-#[derive(Debug, Default)]
-struct Metrics {
-    connected: Gauge,
-    messages: Counter,
-    refused: Counter,
+    pub(crate) control_plane: Arc<ControlPlane>,
+    pub(crate) node: Node,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) status: Arc<Status>,
 }
 
 impl Discovery {
-    pub(crate) fn new(
-        controller: Controller,
-        node: Node,
-        shared: Arc<Shared>,
-        registry: &mut Registry,
-    ) -> Self {
-        Self {
-            controller,
-            node,
-            shared,
-            subscriptions: Subscriptions::default(),
-            metrics: Metrics::register(registry),
-        }
-    }
-
-    /// Streams, again and again. While the controller is away, what was received last counts.
-    pub(crate) async fn run(mut self) {
-        let mut wait = FIRST_RETRY;
+    /// Keeps the directory up to date for ever.
+    pub(crate) async fn run(self) {
+        let mut held = Held::new(self.shared.settings.trust_domain.clone());
+        let mut wait = BACKOFF_FIRST;
         loop {
-            let start = Instant::now();
-            let end = self.stream().await;
-            self.metrics.connected.set(0);
-            if start.elapsed() >= GOOD_STREAM {
-                wait = FIRST_RETRY;
-            }
-            match end {
-                Ok(()) => tracing::info!("the controller ended the discovery stream"),
-                Err(error) => tracing::warn!("{:#}", anyhow::Error::from(error)),
-            }
-            // Not all proxies at once, when a controller comes back.
+            let Err(error) = self.converse(&mut held).await;
+            let was_connected = self.status.discovery.swap(false, Ordering::Relaxed);
+            tracing::warn!(
+                error = with_causes(&error),
+                "no controller; the directory stays as it is"
+            );
+            wait = if was_connected {
+                BACKOFF_FIRST
+            } else {
+                (wait * 2).min(BACKOFF_LAST)
+            };
+            // Not all proxies at once when a controller comes back.
             let jitter = rand::rng().random_range(0.5..1.5);
             tokio::time::sleep(wait.mul_f64(jitter)).await;
-            wait = (wait * 2).min(LAST_RETRY);
         }
     }
 
-    async fn stream(&mut self) -> Result<(), StreamError> {
-        let channel = self.controller.connect().await?;
-        let (requests, outgoing) = mpsc::channel(16);
-        for request in self.subscriptions.open(&self.node) {
-            let sent = requests.send(request).await;
-            sent.map_err(|_| StreamError::Requests)?;
+    async fn converse(&self, held: &mut Held) -> Result<std::convert::Infallible, DiscoveryError> {
+        let channel = self.control_plane.channel().await?;
+        let mut client = AggregatedDiscoveryServiceClient::new(channel)
+            .max_decoding_message_size(LARGEST_MESSAGE);
+        let (requests, outgoing) = mpsc::channel(8);
+        for kind in Type::ALL {
+            let request = DeltaDiscoveryRequest {
+                node: Some(self.node.clone()),
+                type_url: kind.url().to_owned(),
+                initial_resource_versions: held.versions(kind),
+                ..DeltaDiscoveryRequest::default()
+            };
+            send(&requests, request).await?;
         }
-        let request = self
-            .controller
-            .request(ReceiverStream::new(outgoing))
-            .await?;
-        let mut responses = AggregatedDiscoveryServiceClient::new(channel)
-            .max_decoding_message_size(LONGEST_MESSAGE)
-            .delta_aggregated_resources(request)
-            .await?
-            .into_inner();
-        tracing::info!("discovery stream open");
-        self.metrics.connected.set(1);
-        while let Some(response) = responses.message().await? {
-            let answer = self.receive(response)?;
-            let sent = requests.send(answer).await;
-            sent.map_err(|_| StreamError::Requests)?;
+        let outgoing = ReceiverStream::new(outgoing);
+        let request = self.control_plane.request(outgoing).await?;
+        let responses = client.delta_aggregated_resources(request).await?;
+        let mut responses: Streaming<DeltaDiscoveryResponse> = responses.into_inner();
+        loop {
+            let response = responses.message().await?.ok_or(DiscoveryError::Closed)?;
+            if !self.status.discovery.swap(true, Ordering::Relaxed) {
+                tracing::info!("discovery is connected");
+            }
+            let answer = self.absorb(held, response).await?;
+            send(&requests, answer).await?;
         }
-        Ok(())
     }
 
-    fn receive(
-        &mut self,
+    /// Takes a response in; gives what is to be answered.
+    async fn absorb(
+        &self,
+        held: &mut Held,
         response: DeltaDiscoveryResponse,
-    ) -> Result<protocol::discovery::DeltaDiscoveryRequest, UnknownType> {
-        self.metrics.messages.inc();
-        let mut directory = Directory::clone(&self.shared.directory.load());
-        let answer = self.subscriptions.receive(response, &mut directory)?;
-        self.shared.directory.store(Arc::new(directory));
-        self.shared.sweep();
-        if let Some(detail) = &answer.error_detail {
-            self.metrics.refused.inc();
-            tracing::warn!(error = detail.message, "discovery: resources refused");
+    ) -> Result<DeltaDiscoveryRequest, DiscoveryError> {
+        let (type_url, nonce) = (response.type_url.clone(), response.nonce.clone());
+        let rejected = if response.resources.len() < BULKY {
+            held.absorb(response)
+        } else {
+            let mut moved = std::mem::replace(held, Held::new(held.trust_domain().clone()));
+            let work = tokio::task::spawn_blocking(move || {
+                let rejected = moved.absorb(response);
+                (moved, rejected)
+            });
+            let (moved, rejected) = work.await?;
+            *held = moved;
+            rejected
+        };
+        for rejection in &rejected {
+            tracing::warn!(%rejection, "a resource of the controller is rejected");
         }
-        if self.subscriptions.complete() {
+        self.shared
+            .directory
+            .store(Arc::new(held.directory().clone()));
+        self.shared.sweep();
+        if held.is_complete() {
             self.shared.set_discovered();
         }
-        Ok(answer)
+        Ok(DeltaDiscoveryRequest {
+            type_url,
+            response_nonce: nonce,
+            error_detail: absorb::error_detail(&rejected),
+            ..DeltaDiscoveryRequest::default()
+        })
     }
 }
 
-impl Metrics {
-    fn register(registry: &mut Registry) -> Self {
-        let metrics = Self::default();
-        let xds = registry.sub_registry_with_prefix("istio_xds");
-        xds.register(
-            "connected",
-            "Whether a discovery stream is open",
-            metrics.connected.clone(),
-        );
-        xds.register("message", "Discovery messages", metrics.messages.clone());
-        xds.register(
-            "refused",
-            "Discovery messages with a resource that cannot be used",
-            metrics.refused.clone(),
-        );
-        metrics
-    }
+async fn send(
+    requests: &mpsc::Sender<DeltaDiscoveryRequest>,
+    request: DeltaDiscoveryRequest,
+) -> Result<(), DiscoveryError> {
+    let sent = requests.send(request).await;
+    sent.map_err(|_| DiscoveryError::Closed)
 }
 
-/// Who asks, in the field's form: control planes know a node proxy by `ztunnel~`.
-pub(crate) fn node(arguments: &Arguments) -> Node {
-    let Arguments {
+/// How the proxy introduces itself, in the form that control planes of the field know.
+pub(crate) fn node(args: &Args) -> Node {
+    let Args {
         pod_name,
         pod_namespace,
         pod_ip,
         node_name,
         cluster_id,
         ..
-    } = arguments;
-    let text = |text: &str| Value {
-        kind: Some(Kind::StringValue(text.to_owned())),
+    } = args;
+    let text = |value: &str| Value {
+        kind: Some(Kind::StringValue(value.to_owned())),
     };
-    let ip = pod_ip.to_string();
+    let addresses = Value {
+        kind: Some(Kind::ListValue(ListValue {
+            values: vec![text(&pod_ip.to_string())],
+        })),
+    };
     let metadata = [
-        ("NAME", pod_name.as_str()),
-        ("NAMESPACE", pod_namespace),
-        ("INSTANCE_IPS", &ip),
-        ("NODE_NAME", node_name),
-        ("CLUSTER_ID", cluster_id),
+        ("NAME", text(pod_name)),
+        ("NAMESPACE", text(pod_namespace)),
+        ("NODE_NAME", text(node_name)),
+        ("CLUSTER_ID", text(cluster_id)),
+        ("INSTANCE_IPS", addresses),
     ];
-    let fields = metadata.map(|(name, value)| (name.to_owned(), text(value)));
+    let domain = format!("{pod_namespace}.svc.cluster.local");
     Node {
-        id: format!(
-            "ztunnel~{pod_ip}~{pod_name}.{pod_namespace}~{pod_namespace}.svc.cluster.local"
-        ),
+        id: format!("ztunnel~{pod_ip}~{pod_name}.{pod_namespace}~{domain}"),
         cluster: cluster_id.clone(),
         metadata: Some(Struct {
-            fields: BTreeMap::from(fields),
+            fields: metadata
+                .into_iter()
+                .map(|(key, value)| (key.to_owned(), value))
+                .collect(),
         }),
     }
 }

@@ -1,139 +1,174 @@
-//! Puts the parts together, in order, and takes them apart at the end.
+//! Wires the parts.
 
-use std::io;
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Context;
 use axum::Router;
 use hbone::{Server, Settings, Shared};
+use nix::ifaddrs::getifaddrs;
 use prometheus_client::registry::Registry;
 use protocol::node::Hello;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
-use tracing_appender::non_blocking::WorkerGuard;
-use tracing_subscriber::EnvFilter;
 
 use crate::admin;
 use crate::agent::Agent;
-use crate::args::{Arguments, LogFormat};
-use crate::controller::Controller;
+use crate::args::Args;
+use crate::control_plane::ControlPlane;
 use crate::discovery::{self, Discovery};
-use crate::health::{self, CertificateExpiry, Readiness};
+use crate::health::{self, OwnMetrics};
+use crate::log::Levels;
 use crate::signer::Signer;
+use crate::status::Status;
 
-/// Starts the log. Connections do not wait for it: a thread of its own writes.
-pub(crate) fn start_logs(arguments: &Arguments) -> WorkerGuard {
-    let (writer, guard) = tracing_appender::non_blocking(io::stdout());
-    let logs = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::new(&arguments.log))
-        .with_writer(writer)
-        .with_ansi(false);
-    match arguments.log_format {
-        LogFormat::Text => logs.init(),
-        LogFormat::Json => logs.json().init(),
-    }
-    guard
-}
+/// How often unused tunnels are closed and our own addresses are read.
+const SWEEP_EVERY: Duration = Duration::from_secs(5);
 
-/// Runs until SIGTERM or SIGINT, then drains.
-pub(crate) fn run(arguments: Arguments) -> Result<()> {
+/// Runs the proxy until it is told to end.
+pub(crate) fn run(args: Args, levels: Levels) -> anyhow::Result<()> {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    if let Some(threads) = arguments.threads {
-        runtime.worker_threads(threads);
+    if let Some(workers) = args.workers {
+        runtime.worker_threads(workers.get());
     }
-    runtime
-        .enable_all()
-        .build()
-        .context("start the runtime")?
-        .block_on(serve(arguments))
+    let runtime = runtime.enable_all().build().context("start the runtime")?;
+    let result = runtime.block_on(serve(args, levels));
+    // What is still open has had its time.
+    runtime.shutdown_background();
+    result
 }
 
-async fn serve(arguments: Arguments) -> Result<()> {
+async fn serve(args: Args, levels: Levels) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
     let mut registry = Registry::default();
-    let shared = Shared::new(settings(&arguments), &mut registry);
-    shared.own_addresses.store(Arc::new(vec![arguments.pod_ip]));
-    registry.register_collector(Box::new(CertificateExpiry(shared.clone())));
-    let server = Arc::new(Server::new(shared.clone()));
-    let controller = Controller::new(
-        arguments.controller.clone(),
-        arguments.root_cert.clone(),
-        arguments.token.clone(),
-        arguments.cluster_id.clone(),
-    );
-    let discovery = Discovery::new(
-        controller.clone(),
-        discovery::node(&arguments),
-        shared.clone(),
-        &mut registry,
-    );
-    let agent = Agent::new(
-        arguments.agent_socket.clone(),
-        hello(&arguments),
-        arguments.trust_domain.clone(),
-        (
-            shared.clone(),
-            server.clone(),
-            Arc::new(Signer::new(controller)),
-        ),
-    );
-    let ending = watch::Sender::new(false);
-    let readiness = Readiness {
-        serving: agent.serving(),
-        discovered: shared.discovered(),
-        ending: ending.subscribe(),
+    let settings = Settings {
+        trust_domain: args.trust_domain.clone(),
+        cluster: args.cluster_id.clone(),
     };
-    http(arguments.admin, admin::router(shared)).await?;
-    http(arguments.metrics, health::metrics(registry)).await?;
-    http(arguments.readiness, health::readiness(readiness)).await?;
-    let discovery = tokio::spawn(discovery.run());
-    let agent = tokio::spawn(agent.run());
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), "ambit-proxy runs");
+    let shared = Shared::new(settings, &mut registry);
+    let status = Status::new(shared.clone());
+    let server = Arc::new(Server::new(shared.clone()));
+    registry.register_collector(Box::new(OwnMetrics {
+        shared: shared.clone(),
+        status: status.clone(),
+    }));
 
-    terminated().await?;
-    ending.send_replace(true);
-    // From here on nobody may open listeners again.
-    agent.abort();
-    let cut = server.drain(arguments.drain()).await;
-    discovery.abort();
-    tracing::info!(cut, "drained");
+    listen("metrics", args.metrics, health::metrics(registry)).await?;
+    listen(
+        "readiness",
+        args.readiness,
+        health::readiness(status.clone()),
+    )
+    .await?;
+    let admin = admin::router(shared.clone(), &args.node_name, levels);
+    listen("admin", args.admin, admin).await?;
+
+    tokio::spawn(keep_tidy(shared.clone(), args.pod_ip));
+    let control_plane = control_plane(&args);
+    tokio::spawn(discovery(&args, &control_plane, &shared, &status).run());
+    tokio::spawn(agent(&args, control_plane, shared, server.clone(), &status).run());
+
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    drain(&args, &server, &status).await;
     Ok(())
 }
 
-fn settings(arguments: &Arguments) -> Settings {
-    Settings {
-        trust_domain: arguments.trust_domain.clone(),
-        cluster: arguments.cluster_id.clone(),
-    }
-}
-
-fn hello(arguments: &Arguments) -> Hello {
-    Hello {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        pod_uid: arguments.pod_uid.clone(),
-        pod_name: arguments.pod_name.clone(),
-    }
-}
-
-async fn http(address: SocketAddr, router: Router) -> Result<()> {
-    let listener = TcpListener::bind(address)
-        .await
-        .with_context(|| format!("listen on {address}"))?;
+async fn listen(what: &'static str, address: SocketAddr, router: Router) -> anyhow::Result<()> {
+    let listener = TcpListener::bind(address).await;
+    let listener = listener.with_context(|| format!("listen on {address} ({what})"))?;
     tokio::spawn(async move {
         if let Err(error) = axum::serve(listener, router).await {
-            tracing::error!(%address, %error, "the HTTP server ended");
+            tracing::error!(%error, "serving {what} ended");
         }
     });
     Ok(())
 }
 
-async fn terminated() -> Result<()> {
-    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
-    tokio::select! {
-        _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
-        _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
+fn control_plane(args: &Args) -> Arc<ControlPlane> {
+    Arc::new(ControlPlane {
+        url: args.controller.clone(),
+        roots: args.root_cert.clone(),
+        token: args.token.clone(),
+        cluster: args.cluster_id.clone(),
+        channel: Mutex::default(),
+    })
+}
+
+fn discovery(
+    args: &Args,
+    control_plane: &Arc<ControlPlane>,
+    shared: &Arc<Shared>,
+    status: &Arc<Status>,
+) -> Discovery {
+    Discovery {
+        control_plane: control_plane.clone(),
+        node: discovery::node(args),
+        shared: shared.clone(),
+        status: status.clone(),
     }
-    Ok(())
+}
+
+fn agent(
+    args: &Args,
+    control_plane: Arc<ControlPlane>,
+    shared: Arc<Shared>,
+    server: Arc<Server>,
+    status: &Arc<Status>,
+) -> Agent {
+    Agent {
+        socket: args.agent_socket.clone(),
+        hello: Hello {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pod_uid: args.pod_uid.clone(),
+            pod_name: args.pod_name.clone(),
+        },
+        shared,
+        server,
+        signer: Arc::new(Signer { control_plane }),
+        status: status.clone(),
+    }
+}
+
+/// Closes tunnels that nobody uses, and knows the addresses that are our own: the agent makes
+/// devices after we have started.
+async fn keep_tidy(shared: Arc<Shared>, pod_ip: IpAddr) {
+    let mut every = tokio::time::interval(SWEEP_EVERY);
+    loop {
+        every.tick().await;
+        shared.sweep();
+        let own = own_addresses(pod_ip);
+        if **shared.own_addresses.load() != own {
+            shared.own_addresses.store(Arc::new(own));
+        }
+    }
+}
+
+fn own_addresses(pod_ip: IpAddr) -> Vec<IpAddr> {
+    let mut own = BTreeSet::from([pod_ip]);
+    match getifaddrs() {
+        Ok(found) => own.extend(found.filter_map(|interface| {
+            let address = interface.address?;
+            let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+            v4.or(address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+        })),
+        Err(error) => tracing::warn!(%error, "read our own addresses"),
+    }
+    own.into_iter().collect()
+}
+
+async fn drain(args: &Args, server: &Server, status: &Status) {
+    status.draining.store(true, Ordering::Relaxed);
+    let limit = args.drain_seconds;
+    tracing::info!(?limit, "draining");
+    match server.drain(limit).await {
+        0 => tracing::info!("drained"),
+        open => tracing::warn!(open, "connections are cut: they took too long"),
+    }
 }

@@ -1,12 +1,12 @@
 //! Has certificates signed by the controller, in the field's protocol.
 
 use std::collections::BTreeMap;
-use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hbone::certificates::CertificateSource;
 use hbone::identity::SpiffeId;
+use hbone::with_causes;
 use prost_types::value::Kind;
 use prost_types::{Struct, Value};
 use protocol::certificate::IstioCertificateRequest;
@@ -66,16 +66,17 @@ fn request(identity: &SpiffeId, csr: String) -> IstioCertificateRequest {
     }
 }
 
-/// An error with its causes, each once.
-pub(crate) fn with_causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_names_whom_it_is_for() {
+        let identity = "spiffe://td/ns/shop/sa/web";
+        let request = request(&identity.parse().unwrap(), "CSR".to_owned());
+        let metadata = request.metadata.unwrap();
+        let named = &metadata.fields["ImpersonatedIdentity"].kind;
+        assert_eq!(*named, Some(Kind::StringValue(identity.to_owned())));
+        assert_eq!(request.csr, "CSR");
     }
-    text
 }
