@@ -9,6 +9,7 @@
 //! Nothing here links the programs under test: what they did is read back with other tools.
 
 pub mod capture;
+pub mod certificate_api;
 pub mod cluster;
 pub mod command;
 pub mod guard;

@@ -1,0 +1,178 @@
+//! Programs die at any moment; connections, counts and conditions come right again.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use mesh_tests::capture::Capture;
+use mesh_tests::cluster::{Cluster, SYSTEM, items, setting};
+use mesh_tests::guard::{Namespace, Undo};
+use mesh_tests::manifest::Pod;
+use mesh_tests::podtool::Place;
+use mesh_tests::process;
+use mesh_tests::stage::{MESH, NODE_1, NODE_2, PLAIN, Stage};
+use mesh_tests::wait::eventually;
+use serde_json::json;
+
+const PODTOOL: &str = env!("CARGO_BIN_EXE_podtool");
+
+/// All of Ambit's in the kernel of a node, without counters.
+fn kernel_state(cluster: &Cluster, node: &str) -> Result<String> {
+    let script = "ip rule; ip route show table all; ip -o link | grep istio; ipset list ztunnel-pods-ips; \
+                  for table in mangle nat; do iptables-save -t $table | grep ztunnel | sed 's/\\[.*\\]//'; done";
+    cluster.on_node(node, &["sh", "-c", script])
+}
+
+/// A new pod gets into the mesh.
+fn a_new_pod_is_enrolled(cluster: &Cluster, node: &str) -> Result<()> {
+    let namespace = Namespace::create(cluster, "after", Some("ambient"))?;
+    cluster.apply(&Pod::new(&namespace.name, "pod", node).manifests())?;
+    cluster.wait_ready(&namespace.name)?;
+    cluster
+        .wait_in_mesh(&namespace.name, Duration::from_secs(30))
+        .map(drop)
+}
+
+fn wait_restarted(cluster: &Cluster, pod: &str, before: u32) -> Result<()> {
+    eventually(Duration::from_secs(40), "its container runs again", || {
+        let now = cluster.restarts(pod)?;
+        let ready = cluster.pod_field(SYSTEM, pod, ".status.containerStatuses[0].ready")?;
+        ensure!(
+            now > before && ready == "true",
+            "{before} restarts before, {now} now, ready {ready}"
+        );
+        Ok(())
+    })
+    .map(drop)
+}
+
+#[test]
+fn a_killed_agent_comes_back_and_touches_neither_kernel_nor_connections() -> Result<()> {
+    let stage = Stage::set()?;
+    let cluster = &stage.cluster;
+    let pod = cluster.system_pod("ambit-node-agent", NODE_1)?;
+    let (restarts, before) = (cluster.restarts(&pod)?, kernel_state(cluster, NODE_1)?);
+    let held = stage.mesh("client").hold(&format!("{}:9000", stage.far))?;
+    process::kill(cluster, "ambit-node-agent", &pod)?;
+    stage.mesh("client").send(&format!("{}:9000", stage.far))?;
+    wait_restarted(cluster, &pod, restarts)?;
+    cluster.wait_recovered()?;
+    assert_eq!(kernel_state(cluster, NODE_1)?, before);
+    a_new_pod_is_enrolled(cluster, NODE_1)?;
+    held.end_uncut(Duration::from_secs(1))
+}
+
+#[test]
+fn killed_controllers_come_back_and_the_mesh_works_meanwhile() -> Result<()> {
+    let stage = Stage::set()?;
+    let cluster = &stage.cluster;
+    let label = "app.kubernetes.io/name=ambit-controller";
+    let pods = cluster.get(&["-n", SYSTEM, "pods", "-l", label])?;
+    let names: Vec<_> = items(&pods)
+        .filter_map(|pod| pod["metadata"]["name"].as_str())
+        .collect();
+    let held = stage.mesh("client").hold(&format!("{}:9000", stage.far))?;
+    let mut before = Vec::new();
+    for name in &names {
+        before.push(cluster.restarts(name)?);
+        process::kill(cluster, "ambit-controller", name)?;
+    }
+    stage.mesh("client").send(&format!("{}:9000", stage.far))?;
+    for (name, before) in names.iter().zip(before) {
+        wait_restarted(cluster, name, before)?;
+    }
+    a_new_pod_is_enrolled(cluster, NODE_2)?;
+    cluster.wait_recovered()?;
+    held.end_uncut(Duration::from_secs(1))
+}
+
+/// Kills the proxy of a node twice: the second time kubelet waits ten seconds before it starts it again.
+fn keep_down(cluster: &Cluster, node: &str) -> Result<Undo> {
+    let pod = cluster.system_pod("ambit-proxy", node)?;
+    let before = cluster.restarts(&pod)?;
+    let (also, name) = (cluster.clone(), pod.clone());
+    let undo = Undo::new(move || {
+        // A new pod has no history of crashes that kubelet would wait longer and longer for.
+        also.kubectl(&["-n", SYSTEM, "delete", "pod", &name, "--grace-period=1"])?;
+        also.wait_recovered()
+    });
+    process::kill(cluster, "ambit-proxy", &pod)?;
+    eventually(Duration::from_secs(30), "it runs again", || {
+        let now = cluster.restarts(&pod)?;
+        ensure!(
+            now > before && process::of_pod(cluster, "ambit-proxy", &pod).is_ok(),
+            "{now} restarts"
+        );
+        Ok(())
+    })?;
+    process::kill(cluster, "ambit-proxy", &pod)?;
+    Ok(undo)
+}
+
+#[test]
+fn s20_without_a_proxy_mesh_traffic_fails_at_once_and_never_leaves_in_the_clear() -> Result<()> {
+    let stage = Stage::set()?;
+    let cluster = &stage.cluster;
+    let marker = format!("marker-of-s20-{}", std::process::id());
+    let capture = Capture::start("s20", &format!("tcp and host {}", stage.client))?;
+    let undo = keep_down(cluster, NODE_1)?;
+    let wanted = ("ProxyAttached", "False", "NoProxy");
+    let message = cluster.wait_condition(NODE_1, wanted, Duration::from_secs(5))?;
+    ensure!(!message.is_empty(), "the condition does not say what to do");
+    let client = stage.mesh("client");
+    for to in [&stage.far, &stage.near, &stage.remote] {
+        let start = Instant::now();
+        let call = ["send", "--to", &format!("{to}:9000"), "--text", &marker];
+        let seen = client.attempt(&call, "")?;
+        ensure!(seen["error"].is_string(), "{to}: {seen}");
+        ensure!(
+            start.elapsed() < Duration::from_secs(3),
+            "{to} after {:?}: {seen}",
+            start.elapsed()
+        );
+    }
+    // Kubelet's way to its pods, and pods outside the mesh, do not depend on the proxy.
+    let node = setting("AMBIT_NETNS_PREFIX")? + NODE_1;
+    Place::namespace(&node, PODTOOL).send(&format!("{}:9000", stage.near))?;
+    Place::pod(cluster, PLAIN, "stranger").send(&format!("{}:9000", stage.remote))?;
+    let ready = cluster.condition(NODE_1, "ProxyAttached")?;
+    ensure!(
+        ready["status"] == "False",
+        "the proxy came back too early to see anything: {ready}"
+    );
+    let captured = capture.stop()?;
+    ensure!(!captured.contains(&marker)?, "the marker is on the wire");
+    assert_eq!(captured.packets("not tcp port 15008")?, [""; 0]);
+    undo.now()?;
+    let peer = client.send(&format!("{}:9000", stage.far))?;
+    assert_eq!(peer, stage.client);
+    Ok(())
+}
+
+#[test]
+fn with_failure_mode_open_traffic_goes_directly_while_there_is_no_proxy() -> Result<()> {
+    let stage = Stage::set()?;
+    let cluster = &stage.cluster;
+    let also = cluster.clone();
+    let closed = Undo::new(move || also.patch_spec(NODE_1, &json!({"failureMode": "Closed"})));
+    cluster.patch_spec(NODE_1, &json!({"failureMode": "Open"}))?;
+    let undo = keep_down(cluster, NODE_1)?;
+    let wanted = ("ProxyAttached", "False", "NoProxy");
+    cluster.wait_condition(NODE_1, wanted, Duration::from_secs(5))?;
+    eventually(Duration::from_secs(5), "direct", || {
+        let seen =
+            stage
+                .mesh("client")
+                .run(&["send", "--to", &format!("{}:9000", stage.remote)])?;
+        ensure!(
+            mesh_tests::podtool::peer_ip(&seen)? == stage.client,
+            "{seen}"
+        );
+        let down = cluster.condition(NODE_1, "ProxyAttached")?;
+        ensure!(down["status"] == "False", "the proxy is back: {down}");
+        Ok(())
+    })?;
+    closed.now()?;
+    undo.now()?;
+    ensure!(cluster.wait_in_mesh(MESH, Duration::from_secs(20))? < Duration::from_secs(20));
+    Ok(())
+}

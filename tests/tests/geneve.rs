@@ -1,0 +1,85 @@
+//! Geneve where the kernel has it; where not, words that say what to do.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use mesh_tests::cluster::Cluster;
+use mesh_tests::command;
+use mesh_tests::guard::Undo;
+use mesh_tests::stage::{NODE_2, Stage};
+use serde_json::json;
+
+/// Whether the kernel makes geneve devices, tried with `ip` in a namespace of its own.
+fn kernel_has_geneve() -> Result<bool> {
+    let script = "ip link add probe type geneve id 1 remote 192.0.2.1";
+    let mut unshare = std::process::Command::new("unshare");
+    Ok(command::run(unshare.args(["--net", "sh", "-c", script]), "")?.ok)
+}
+
+fn device_kind(cluster: &Cluster, device: &str) -> Result<String> {
+    let shown = cluster.on_node(NODE_2, &["ip", "-d", "-j", "link", "show", device])?;
+    let links: serde_json::Value = serde_json::from_str(&shown)?;
+    Ok(links[0]["linkinfo"]["info_kind"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned())
+}
+
+#[test]
+fn the_status_says_whether_the_kernel_has_geneve() -> Result<()> {
+    let cluster = Cluster::current()?;
+    for node in cluster.nodes()? {
+        let status = cluster.ambient_node(&node)?["status"].take();
+        assert_eq!(status["kernel"]["geneve"], kernel_has_geneve()?);
+    }
+    Ok(())
+}
+
+#[test]
+fn geneve_is_used_where_the_kernel_has_it_and_else_the_condition_says_what_to_do() -> Result<()> {
+    let stage = Stage::set()?;
+    let cluster = &stage.cluster;
+    let before = cluster.ambient_node(NODE_2)?["spec"]["tunnel"]["type"].take();
+    let also = cluster.clone();
+    let undo = Undo::new(move || {
+        also.patch_spec(NODE_2, &json!({"tunnel": {"type": before}}))?;
+        also.wait_recovered()
+    });
+    cluster.patch_spec(NODE_2, &json!({"tunnel": {"type": "Geneve"}}))?;
+    if kernel_has_geneve()? {
+        let wanted = ("TunnelsReady", "True", "TunnelsUp");
+        cluster.wait_condition(NODE_2, wanted, Duration::from_secs(20))?;
+        assert_eq!(device_kind(cluster, "istioin")?, "geneve");
+        assert_eq!(device_kind(cluster, "istioout")?, "geneve");
+    } else {
+        let wanted = ("TunnelsReady", "False", "GeneveUnsupported");
+        let message = cluster.wait_condition(NODE_2, wanted, Duration::from_secs(20))?;
+        ensure!(message.contains("modprobe geneve"), "{message}");
+        ensure!(message.contains("spec.tunnel.type: Veth"), "{message}");
+        let wanted = ("Ready", "False", "GeneveUnsupported");
+        cluster.wait_condition(NODE_2, wanted, Duration::from_secs(5))?;
+    }
+    undo.now()?;
+    stage
+        .mesh("client")
+        .send(&format!("{}:9000", stage.far))
+        .map(drop)
+}
+
+#[test]
+fn veth_works_on_every_kernel_under_the_same_names() -> Result<()> {
+    let stage = Stage::set()?;
+    let cluster = &stage.cluster;
+    let before = cluster.ambient_node(NODE_2)?["spec"]["tunnel"]["type"].take();
+    let also = cluster.clone();
+    let undo = Undo::new(move || {
+        also.patch_spec(NODE_2, &json!({"tunnel": {"type": before}}))?;
+        also.wait_recovered()
+    });
+    cluster.patch_spec(NODE_2, &json!({"tunnel": {"type": "Veth"}}))?;
+    cluster.wait_recovered()?;
+    assert_eq!(device_kind(cluster, "istioin")?, "veth");
+    assert_eq!(device_kind(cluster, "istioout")?, "veth");
+    stage.mesh("client").send(&format!("{}:9000", stage.far))?;
+    undo.now()
+}
