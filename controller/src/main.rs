@@ -1,1 +1,78 @@
-fn main() {}
+//! ambit-controller: from Kubernetes objects to AmbientNodes, discovery and certificates.
+//!
+//! ```text
+//!  API server                 pure                                         API server
+//!  ──────────                 ────                                         ──────────
+//!  watch ──▶ snapshot ──▶ desired (enrolment) ──▶ plan ──▶ apply ─────────▶ AmbientNode
+//!                │                                         ▲ only the leader
+//!                ▼                                                          proxies
+//!            directory ───────────────────▶ discovery ─────────┐           ────────
+//!                │                                              serve ◀──TLS──▶ proxy
+//!            authenticate ▶ authorize ▶ ca ▶ certificates ──────┘
+//!
+//!  model: the one task that owns snapshot and directory        run: starts everything
+//! ```
+
+mod args;
+mod run;
+
+mod names;
+
+mod watch;
+
+mod snapshot;
+
+mod desired;
+
+mod plan;
+
+mod apply;
+
+mod directory;
+
+mod model;
+
+mod discovery;
+
+mod identity;
+
+mod authenticate;
+
+mod authorize;
+
+mod ca;
+
+mod certificates;
+
+mod serve;
+
+mod leader;
+
+mod health;
+mod metrics;
+mod problems;
+
+#[cfg(test)]
+mod testing;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let args = args::Args::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).init();
+    match run::run(args).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! Step 5: writes AmbientNodes, while this replica leads. No decisions.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crds::{AmbientNode, CONTROLLER_MANAGER, TunnelType};
+use futures::StreamExt;
+use kube::api::{ApiResource, DynamicObject, Patch, PatchParams, PostParams};
+use kube::{Api, Client};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use crate::desired::NodeState;
+use crate::desired::enrolment::Rules;
+use crate::desired::node_state;
+use crate::metrics::Metrics;
+use crate::model::{DirtyNodes, Model, Published};
+use crate::names::NodeName;
+use crate::plan::{NodeChange, plan};
+use crate::problems::{Problems, explain};
+
+const PART: &str = "write ambientnodes";
+
+/// Writes in flight at once.
+const CONCURRENCY: usize = 8;
+
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+const LAST_RETRY: Duration = Duration::from_secs(60);
+
+/// Keeps every AmbientNode as the model says.
+pub(crate) struct Applier {
+    api: Api<DynamicObject>,
+    rules: Rules,
+    tunnel_type: TunnelType,
+    published: Published,
+    leading: watch::Receiver<bool>,
+    dirty: Arc<DirtyNodes>,
+    /// How often in a row a node's write has failed.
+    failures: Mutex<BTreeMap<NodeName, u32>>,
+    problems: Problems,
+    metrics: Metrics,
+}
+
+impl Applier {
+    pub(crate) fn new(
+        client: Client,
+        (rules, tunnel_type): (Rules, TunnelType),
+        (published, leading, dirty): (Published, watch::Receiver<bool>, Arc<DirtyNodes>),
+        problems: Problems,
+        metrics: Metrics,
+    ) -> Self {
+        Self {
+            api: Api::all_with(client, &ApiResource::erase::<AmbientNode>(&())),
+            rules,
+            tunnel_type,
+            published,
+            leading,
+            dirty,
+            failures: Mutex::default(),
+            problems,
+            metrics,
+        }
+    }
+
+    /// Runs until the process ends.
+    pub(crate) async fn run(mut self) {
+        while let Ok(true) = self
+            .leading
+            .wait_for(|leading| *leading)
+            .await
+            .map(|now| *now)
+        {
+            self.mark_all_dirty();
+            self.write_while_leading().await;
+            self.problems.clear(PART);
+        }
+    }
+
+    /// Another replica may have left anything undone.
+    fn mark_all_dirty(&self) {
+        if let Some(model) = self.model() {
+            let nodes = model.snapshot.nodes();
+            self.dirty.insert(nodes.map(|node| node.name.clone()));
+        }
+    }
+
+    async fn write_while_leading(&self) {
+        let mut leading = self.leading.clone();
+        loop {
+            let nodes = tokio::select! {
+                nodes = self.dirty.take() => nodes,
+                _ = leading.wait_for(|leading| !leading) => return,
+            };
+            futures::stream::iter(nodes)
+                .for_each_concurrent(CONCURRENCY, |node| self.converge(node))
+                .await;
+        }
+    }
+
+    async fn converge(&self, node: NodeName) {
+        let Some(model) = self.model() else {
+            return;
+        };
+        let state = node_state(&model.snapshot, &self.rules, &node);
+        let change = plan(
+            model.snapshot.node(&node).map(AsRef::as_ref),
+            state,
+            model.snapshot.written(&node).map(AsRef::as_ref),
+        );
+        let Some(change) = change else {
+            self.succeeded(&node);
+            return;
+        };
+        if !*self.leading.borrow() {
+            return;
+        }
+        match self.write(&change).await {
+            Ok(()) => {
+                self.metrics.node_writes.inc();
+                self.succeeded(&node);
+            }
+            Err(error) => self.failed(node, &error),
+        }
+    }
+
+    async fn write(&self, change: &NodeChange) -> Result<(), kube::Error> {
+        match change {
+            NodeChange::Create { node, owner, state } => {
+                let object = parse(created(node, owner, self.tunnel_type))?;
+                let params = PostParams {
+                    field_manager: Some(CONTROLLER_MANAGER.to_owned()),
+                    ..PostParams::default()
+                };
+                match self.api.create(&params, &object).await {
+                    // The watch has not shown it yet.
+                    Err(kube::Error::Api(status)) if status.is_already_exists() => {}
+                    result => {
+                        result?;
+                        tracing::info!(%node, "made an AmbientNode");
+                    }
+                }
+                self.apply(node, applied(node, owner, state)).await
+            }
+            NodeChange::Apply { node, owner, state } => {
+                self.apply(node, applied(node, owner, state)).await
+            }
+        }
+    }
+
+    async fn apply(&self, node: &NodeName, object: Value) -> Result<(), kube::Error> {
+        let params = PatchParams::apply(CONTROLLER_MANAGER).force();
+        self.api
+            .patch(node.as_str(), &params, &Patch::Apply(object))
+            .await?;
+        tracing::debug!(%node, "wrote an AmbientNode");
+        Ok(())
+    }
+
+    fn succeeded(&self, node: &NodeName) {
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        if failures.remove(node).is_some() && failures.is_empty() {
+            self.problems.clear(PART);
+        }
+    }
+
+    fn failed(&self, node: NodeName, error: &kube::Error) {
+        self.metrics.node_write_errors.inc();
+        self.problems
+            .report(PART, format!("{node}: {}", explain(error)));
+        let attempt = {
+            let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+            let count = failures.entry(node.clone()).or_default();
+            *count = count.saturating_add(1);
+            *count
+        };
+        let dirty = self.dirty.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(retry_after(attempt)).await;
+            dirty.insert([node]);
+        });
+    }
+
+    fn model(&self) -> Option<Arc<Model>> {
+        self.published.borrow().clone()
+    }
+}
+
+/// Doubles with every failure.
+fn retry_after(attempt: u32) -> Duration {
+    FIRST_RETRY
+        .saturating_mul(1 << attempt.saturating_sub(1).min(10))
+        .min(LAST_RETRY)
+}
+
+/// A new AmbientNode. The rest of its spec comes from the schema's defaults, and is the user's.
+fn created(node: &NodeName, owner: &str, tunnel_type: TunnelType) -> Value {
+    let spec = match tunnel_type {
+        TunnelType::Geneve => json!({}),
+        TunnelType::Veth => json!({"tunnel": {"type": "Veth"}}),
+    };
+    json!({
+        "apiVersion": api_version(),
+        "kind": "AmbientNode",
+        "metadata": metadata(node, owner),
+        "spec": spec,
+    })
+}
+
+/// All that the controller owns of it.
+fn applied(node: &NodeName, owner: &str, state: &NodeState) -> Value {
+    json!({
+        "apiVersion": api_version(),
+        "kind": "AmbientNode",
+        "metadata": metadata(node, owner),
+        "spec": {"workloads": state.workloads, "excluded": state.excluded},
+    })
+}
+
+fn api_version() -> String {
+    format!("{}/{}", crds::GROUP, crds::VERSION)
+}
+
+fn metadata(node: &NodeName, owner: &str) -> Value {
+    json!({
+        "name": node.as_str(),
+        "ownerReferences": [{
+            "apiVersion": "v1",
+            "kind": "Node",
+            "name": node.as_str(),
+            "uid": owner,
+        }],
+    })
+}
+
+fn parse(object: Value) -> Result<DynamicObject, kube::Error> {
+    serde_json::from_value(object).map_err(kube::Error::SerdeError)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retries_wait_longer_and_longer_but_never_forever() {
+        assert_eq!(retry_after(1), FIRST_RETRY);
+        assert!(retry_after(3) > retry_after(2));
+        assert_eq!(retry_after(u32::MAX), LAST_RETRY);
+    }
+
+    #[test]
+    fn a_write_holds_the_workloads_and_nothing_of_the_users_part() {
+        let object = applied(&"n".into(), "uid", &NodeState::default());
+        let spec = object["spec"].as_object().unwrap();
+        assert_eq!(spec.len(), 2);
+        assert!(spec.contains_key("workloads") && spec.contains_key("excluded"));
+        assert_eq!(object["metadata"]["ownerReferences"][0]["uid"], "uid");
+    }
+
+    #[test]
+    fn only_a_tunnel_type_that_is_not_the_default_is_written() {
+        assert_eq!(
+            created(&"n".into(), "u", TunnelType::Geneve)["spec"],
+            json!({})
+        );
+        let veth = created(&"n".into(), "u", TunnelType::Veth);
+        assert_eq!(veth["spec"]["tunnel"], json!({"type": "Veth"}));
+    }
+}

@@ -1,0 +1,163 @@
+//! Flags and environment.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
+
+use crate::desired::enrolment::Rules;
+use crate::directory::Facts;
+
+/// The controller of the Ambit service mesh.
+#[derive(Clone, Debug, Parser)]
+#[command(version)]
+pub(crate) struct Args {
+    /// Namespace that Ambit runs in
+    #[arg(long, env = "POD_NAMESPACE", default_value = crds::SYSTEM_NAMESPACE)]
+    pub(crate) namespace: String,
+    /// Name of this pod: who holds the lease
+    #[arg(long, env = "POD_NAME")]
+    pub(crate) pod_name: String,
+    /// Trust domain of the identities that are signed
+    #[arg(long, env = "TRUST_DOMAIN", default_value = "cluster.local", value_parser = trust_domain)]
+    pub(crate) trust_domain: String,
+    /// Name of this cluster
+    #[arg(long, env = "CLUSTER_ID", default_value = "Kubernetes")]
+    pub(crate) cluster_id: String,
+    /// Domain of the Services' DNS names
+    #[arg(long, env = "CLUSTER_DOMAIN", default_value = "cluster.local")]
+    pub(crate) cluster_domain: String,
+    /// Where discovery and certificates are served
+    #[arg(long, env = "LISTEN", default_value = "0.0.0.0:15012")]
+    pub(crate) listen: SocketAddr,
+    /// Where /healthz, /readyz and /metrics are served
+    #[arg(long, env = "HEALTH_LISTEN", default_value = "0.0.0.0:15014")]
+    pub(crate) health_listen: SocketAddr,
+    /// How long a workload's certificate holds, such as 24h or 90m
+    #[arg(long, env = "CERTIFICATE_TTL", default_value = "24h", value_parser = duration)]
+    pub(crate) certificate_ttl: Duration,
+    /// Secret of the certificate authority; made if there is none
+    #[arg(long, env = "CA_SECRET", default_value = "ambit-ca")]
+    pub(crate) ca_secret: String,
+    /// ConfigMap that the authority's roots are published in
+    #[arg(long, env = "ROOT_CONFIG_MAP", default_value = "ambit-ca-root")]
+    pub(crate) root_config_map: String,
+    /// Audience that proxies' tokens must have
+    #[arg(long, env = "TOKEN_AUDIENCE", default_value = "istio-ca")]
+    pub(crate) token_audience: String,
+    /// Service account of the node proxies
+    #[arg(long, env = "PROXY_SERVICE_ACCOUNT", default_value = "ambit-proxy")]
+    pub(crate) proxy_service_account: String,
+    /// Label of namespaces and pods that decides who is in the mesh
+    #[arg(long, env = "ENROLMENT_LABEL", default_value = crds::DATAPLANE_MODE_LABEL)]
+    pub(crate) enrolment_label: String,
+    /// Value of that label that enrols
+    #[arg(long, env = "ENROLMENT_VALUE", default_value = crds::DATAPLANE_MODE_AMBIENT)]
+    pub(crate) enrolment_value: String,
+    /// Value of that label that keeps a pod out
+    #[arg(long, env = "OPT_OUT_VALUE", default_value = crds::DATAPLANE_MODE_NONE)]
+    pub(crate) opt_out_value: String,
+    /// Tunnel of AmbientNodes that are made; those that exist keep theirs
+    #[arg(long, env = "TUNNEL_TYPE", default_value = "Geneve")]
+    pub(crate) tunnel_type: TunnelType,
+}
+
+/// See [`crds::TunnelType`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "PascalCase")]
+pub(crate) enum TunnelType {
+    Geneve,
+    Veth,
+}
+
+impl Args {
+    pub(crate) fn rules(&self) -> Rules {
+        Rules {
+            label: self.enrolment_label.clone(),
+            enrol: self.enrolment_value.clone(),
+            opt_out: self.opt_out_value.clone(),
+            system_namespace: self.namespace.as_str().into(),
+        }
+    }
+
+    pub(crate) fn facts(&self) -> Facts {
+        Facts {
+            trust_domain: self.trust_domain.clone(),
+            cluster_id: self.cluster_id.clone(),
+            cluster_domain: self.cluster_domain.clone(),
+            rules: self.rules(),
+        }
+    }
+
+    /// DNS names that proxies may know the controller by.
+    pub(crate) fn server_names(&self) -> Vec<String> {
+        let service = format!("ambit-controller.{}", self.namespace);
+        vec![
+            format!("{service}.svc"),
+            format!("{service}.svc.{}", self.cluster_domain),
+            service,
+        ]
+    }
+}
+
+impl From<TunnelType> for crds::TunnelType {
+    fn from(tunnel_type: TunnelType) -> Self {
+        match tunnel_type {
+            TunnelType::Geneve => Self::Geneve,
+            TunnelType::Veth => Self::Veth,
+        }
+    }
+}
+
+fn trust_domain(text: &str) -> Result<String, String> {
+    format!("spiffe://{text}/ns/a/sa/a")
+        .parse::<crate::identity::SpiffeId>()
+        .map_err(|_| "must be of lower-case letters, digits, '-', '.' and '_'".to_owned())?;
+    Ok(text.to_owned())
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let span: jiff::SignedDuration = text
+        .parse()
+        .map_err(|error: jiff::Error| error.to_string())?;
+    let duration = Duration::try_from(span).map_err(|error| error.to_string())?;
+    if duration < Duration::from_secs(60) {
+        return Err("must be at least one minute".to_owned());
+    }
+    Ok(duration)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &[&str]) -> Result<Args, clap::Error> {
+        Args::try_parse_from(["ambit-controller", "--pod-name", "me"].iter().chain(args))
+    }
+
+    #[test]
+    fn durations_are_written_as_people_do() {
+        let args = parse(&["--certificate-ttl", "90m"]).unwrap();
+        assert_eq!(args.certificate_ttl, Duration::from_secs(5400));
+        assert_eq!(
+            parse(&[]).unwrap().certificate_ttl,
+            Duration::from_secs(86400)
+        );
+        assert!(parse(&["--certificate-ttl", "5s"]).is_err());
+        assert!(parse(&["--certificate-ttl", "soon"]).is_err());
+    }
+
+    #[test]
+    fn tunnel_types_are_written_as_in_the_object() {
+        assert_eq!(
+            parse(&["--tunnel-type", "Veth"]).unwrap().tunnel_type,
+            TunnelType::Veth
+        );
+        assert!(parse(&["--tunnel-type", "Gre"]).is_err());
+    }
+
+    #[test]
+    fn a_trust_domain_that_no_identity_can_have_is_refused() {
+        assert!(parse(&["--trust-domain", "Cluster/Local"]).is_err());
+    }
+}

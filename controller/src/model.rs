@@ -1,0 +1,124 @@
+//! The one task that owns the state: takes in changes, derives what they touch, publishes.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{Notify, mpsc, watch};
+
+use crate::directory::{Directory, Facts};
+use crate::names::NodeName;
+use crate::snapshot::{Change, ClusterSnapshot, Touched, Update};
+
+/// How many changes are taken in before one publication.
+const BATCH: usize = 1024;
+
+/// Everything that is known, at one moment. A clone shares it all.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Model {
+    pub(crate) snapshot: ClusterSnapshot,
+    pub(crate) directory: Directory,
+}
+
+/// The newest model, or `None` until every kind of object has been listed once.
+pub(crate) type Published = watch::Receiver<Option<Arc<Model>>>;
+
+/// Nodes whose AmbientNode may not be as it should. A node that changes often is in here once.
+#[derive(Debug, Default)]
+pub(crate) struct DirtyNodes {
+    nodes: Mutex<BTreeSet<NodeName>>,
+    changed: Notify,
+}
+
+/// Runs until all watches have ended.
+pub(crate) async fn run(
+    facts: Facts,
+    mut updates: mpsc::Receiver<Update>,
+    published: watch::Sender<Option<Arc<Model>>>,
+    dirty: Arc<DirtyNodes>,
+) {
+    let mut model = Model::default();
+    let mut listed = Listed::default();
+    let mut touched = Touched::default();
+    let mut batch = Vec::with_capacity(BATCH);
+    while updates.recv_many(&mut batch, BATCH).await > 0 {
+        for update in batch.drain(..) {
+            listed.note(&update);
+            model.snapshot.apply(update, &mut touched);
+        }
+        if !listed.all() || (touched.is_empty() && published.borrow().is_some()) {
+            continue;
+        }
+        let touched = std::mem::take(&mut touched);
+        model.directory.update(&facts, &model.snapshot, &touched);
+        if published.borrow().is_none() {
+            tracing::info!(
+                nodes = model.snapshot.nodes().count(),
+                resources = model.directory.len(),
+                "every kind of object has been listed"
+            );
+        }
+        published.send_replace(Some(Arc::new(model.clone())));
+        dirty.insert(touched.nodes);
+    }
+}
+
+/// Which kinds have been listed once. Before that an absent object means nothing.
+#[derive(Debug, Default)]
+struct Listed {
+    nodes: bool,
+    namespaces: bool,
+    pods: bool,
+    services: bool,
+    slices: bool,
+    written: bool,
+}
+
+impl Listed {
+    fn note(&mut self, update: &Update) {
+        match update {
+            Update::Node(Change::Replace(_)) => self.nodes = true,
+            Update::Namespace(Change::Replace(_)) => self.namespaces = true,
+            Update::Pod(Change::Replace(_)) => self.pods = true,
+            Update::Service(Change::Replace(_)) => self.services = true,
+            Update::Slice(Change::Replace(_)) => self.slices = true,
+            Update::Written(Change::Replace(_)) => self.written = true,
+            _ => {}
+        }
+    }
+
+    fn all(&self) -> bool {
+        let Self {
+            nodes,
+            namespaces,
+            pods,
+            services,
+            slices,
+            written,
+        } = self;
+        *nodes && *namespaces && *pods && *services && *slices && *written
+    }
+}
+
+// === impl DirtyNodes ===
+
+impl DirtyNodes {
+    pub(crate) fn insert(&self, nodes: impl IntoIterator<Item = NodeName>) {
+        self.lock().extend(nodes);
+        self.changed.notify_one();
+    }
+
+    /// Waits until there are some, and takes them.
+    pub(crate) async fn take(&self) -> BTreeSet<NodeName> {
+        loop {
+            let nodes = std::mem::take(&mut *self.lock());
+            if !nodes.is_empty() {
+                return nodes;
+            }
+            self.changed.notified().await;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeSet<NodeName>> {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,211 @@
+//! Plain copies of the parts of Kubernetes objects that matter here.
+//!
+//! The border: what an object says is parsed here, once. What cannot be parsed is left out.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crds::AmbientNode;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+use super::owner::Owner;
+use crate::names::{NamespaceName, NodeName, PodKey, PodUid};
+
+/// Containers by these names carry a pod's traffic themselves.
+const SIDECARS: [&str; 2] = ["istio-proxy", "linkerd-proxy"];
+
+/// Where something runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Locality {
+    pub(crate) region: String,
+    pub(crate) zone: String,
+    pub(crate) subzone: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Node {
+    pub(crate) name: NodeName,
+    pub(crate) uid: Arc<str>,
+    pub(crate) linux: bool,
+    pub(crate) locality: Locality,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Namespace {
+    pub(crate) name: NamespaceName,
+    /// Value of the enrolment label.
+    pub(crate) mode: Option<Arc<str>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Pod {
+    pub(crate) uid: PodUid,
+    pub(crate) key: PodKey,
+    pub(crate) created: Option<Timestamp>,
+    pub(crate) node: Option<NodeName>,
+    pub(crate) service_account: Arc<str>,
+    pub(crate) ips: Vec<IpAddr>,
+    pub(crate) host_network: bool,
+    /// Succeeded or Failed: its address may belong to another pod by now.
+    pub(crate) terminal: bool,
+    /// Deletion was asked for.
+    pub(crate) terminating: bool,
+    pub(crate) ready: bool,
+    /// Value of the enrolment label.
+    pub(crate) mode: Option<Arc<str>>,
+    /// The container that is a sidecar proxy.
+    pub(crate) sidecar: Option<&'static str>,
+    pub(crate) owner: Owner,
+    pub(crate) canonical_name: Arc<str>,
+    pub(crate) canonical_revision: Arc<str>,
+}
+
+/// What an AmbientNode holds of what the controller writes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct WrittenNode {
+    pub(crate) name: NodeName,
+    /// UID of the Node that owns it.
+    pub(crate) owner: Option<Arc<str>>,
+    pub(crate) deleting: bool,
+    pub(crate) workloads: Vec<crds::Workload>,
+    pub(crate) excluded: Vec<crds::WorkloadNote>,
+}
+
+// === impl Node ===
+
+impl Node {
+    pub(crate) fn parse(meta: &ObjectMeta) -> Option<Self> {
+        let label = |key: &str| label(meta, key).unwrap_or_default().to_owned();
+        Some(Self {
+            name: meta.name.as_deref()?.into(),
+            uid: meta.uid.as_deref()?.into(),
+            // Every kubelet sets it; a Node made by hand without it gets the benefit of the doubt.
+            linux: matches!(label("kubernetes.io/os").as_str(), "" | "linux"),
+            locality: Locality {
+                region: label("topology.kubernetes.io/region"),
+                zone: label("topology.kubernetes.io/zone"),
+                subzone: label("topology.istio.io/subzone"),
+            },
+        })
+    }
+}
+
+// === impl Namespace ===
+
+impl Namespace {
+    pub(crate) fn parse(meta: &ObjectMeta, enrolment_label: &str) -> Option<Self> {
+        Some(Self {
+            name: meta.name.as_deref()?.into(),
+            mode: label(meta, enrolment_label).map(Into::into),
+        })
+    }
+}
+
+// === impl Pod ===
+
+impl Pod {
+    pub(crate) fn parse(pod: &core::Pod, enrolment_label: &str) -> Option<Self> {
+        let meta = &pod.metadata;
+        let spec = pod.spec.as_ref()?;
+        let status = pod.status.as_ref();
+        let name = meta.name.as_deref()?;
+        let owner = Owner::parse(meta);
+        let label = |keys: &[&str]| keys.iter().find_map(|key| label(meta, key));
+        Some(Self {
+            uid: meta.uid.as_deref()?.into(),
+            key: PodKey::new(meta.namespace.as_deref()?, name),
+            created: meta.creation_timestamp.as_ref().map(|time| time.0),
+            node: spec.node_name.as_deref().map(Into::into),
+            service_account: spec
+                .service_account_name
+                .as_deref()
+                .unwrap_or("default")
+                .into(),
+            ips: status.map(pod_ips).unwrap_or_default(),
+            host_network: spec.host_network.unwrap_or(false),
+            terminal: matches!(
+                status.and_then(|status| status.phase.as_deref()),
+                Some("Succeeded" | "Failed")
+            ),
+            terminating: meta.deletion_timestamp.is_some(),
+            ready: status.is_some_and(is_ready),
+            mode: label(&[enrolment_label]).map(Into::into),
+            sidecar: sidecar(spec),
+            canonical_name: label(&[
+                "service.istio.io/canonical-name",
+                "app.kubernetes.io/name",
+                "app",
+            ])
+            .unwrap_or(&owner.name)
+            .into(),
+            canonical_revision: label(&[
+                "service.istio.io/canonical-revision",
+                "app.kubernetes.io/version",
+                "version",
+            ])
+            .unwrap_or("latest")
+            .into(),
+            owner,
+        })
+    }
+}
+
+fn pod_ips(status: &core::PodStatus) -> Vec<IpAddr> {
+    let mut ips: Vec<IpAddr> = status
+        .pod_ips
+        .iter()
+        .flatten()
+        .map(|entry| entry.ip.as_str())
+        .chain(status.pod_ip.as_deref())
+        .filter_map(|ip| ip.parse().ok())
+        .collect();
+    ips.sort_unstable();
+    ips.dedup();
+    ips
+}
+
+fn is_ready(status: &core::PodStatus) -> bool {
+    status
+        .conditions
+        .iter()
+        .flatten()
+        .any(|condition| condition.type_ == "Ready" && condition.status == "True")
+}
+
+fn sidecar(spec: &core::PodSpec) -> Option<&'static str> {
+    let containers = spec
+        .init_containers
+        .iter()
+        .flatten()
+        .chain(&spec.containers);
+    containers
+        .filter_map(|container| SIDECARS.into_iter().find(|name| *name == container.name))
+        .next()
+}
+
+// === impl WrittenNode ===
+
+impl WrittenNode {
+    pub(crate) fn parse(object: &AmbientNode) -> Option<Self> {
+        let meta = &object.metadata;
+        let owners = meta.owner_references.iter().flatten();
+        Some(Self {
+            name: meta.name.as_deref()?.into(),
+            owner: owners
+                .filter(|owner| owner.kind == "Node")
+                .map(|owner| owner.uid.as_str().into())
+                .next(),
+            deleting: meta.deletion_timestamp.is_some(),
+            workloads: object.spec.workloads.clone(),
+            excluded: object.spec.excluded.clone(),
+        })
+    }
+}
+
+pub(super) fn label<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {
+    let labels: &BTreeMap<String, String> = meta.labels.as_ref()?;
+    labels.get(key).map(String::as_str)
+}
