@@ -43,6 +43,13 @@ impl Changes {
         });
         Ok(Self { task })
     }
+
+    /// Whether it still listens. It ends when netlink does, for example because more changes came at
+    /// once than its socket could hold.
+    #[must_use]
+    pub fn is_listening(&self) -> bool {
+        !self.task.is_finished()
+    }
 }
 
 impl Drop for Changes {

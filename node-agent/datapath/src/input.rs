@@ -133,6 +133,74 @@ pub struct Marks {
     pub proxy_return: Mark,
 }
 
+/// Marks that do not fit together.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MarksError {
+    /// Packets that are to go by the main table would not.
+    #[error("{name} {mark} must contain skip {skip}: what carries it is to go by the main table")]
+    LacksSkip {
+        /// Name of the mark.
+        name: &'static str,
+        /// The mark.
+        mark: Mark,
+        /// The skip mark.
+        skip: Mark,
+    },
+    /// Two marks cannot be told apart.
+    #[error("{name} {mark} is also read as {other_name} {other}: give them bits of their own")]
+    Ambiguous {
+        /// Name of the one.
+        name: &'static str,
+        /// The one.
+        mark: Mark,
+        /// Name of the other.
+        other_name: &'static str,
+        /// The other.
+        other: Mark,
+    },
+}
+
+impl Marks {
+    /// Whether the rules can tell the marks apart.
+    ///
+    /// # Errors
+    /// If not, naming the marks as the AmbientNode does.
+    pub fn check(&self) -> Result<(), MarksError> {
+        let skip = self.skip;
+        for (name, mark) in [("proxied", self.proxied), ("own", self.own)] {
+            if !mark.matches(skip) {
+                return Err(MarksError::LacksSkip { name, mark, skip });
+            }
+        }
+        let all = [
+            ("outbound", self.outbound),
+            ("skip", skip),
+            ("proxied", self.proxied),
+            ("own", self.own),
+            ("return", self.return_),
+        ];
+        // Each of these sends a packet somewhere; `proxied` also marks a whole connection.
+        let read = [
+            ("outbound", self.outbound),
+            ("return", self.return_),
+            ("proxied", self.proxied),
+        ];
+        for (other_name, other) in read {
+            for (name, mark) in all {
+                if name != other_name && mark.matches(other) {
+                    return Err(MarksError::Ambiguous {
+                        name,
+                        mark,
+                        other_name,
+                        other,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
 /// A packet mark: a value and the bits it may touch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Mark {
@@ -172,6 +240,12 @@ impl Mark {
     #[must_use]
     pub fn value(self) -> u32 {
         self.value
+    }
+
+    /// Whether a packet that carries this mark meets a rule about `other`.
+    #[must_use]
+    pub fn matches(self, other: Self) -> bool {
+        self.value & other.mask == other.value
     }
 
     /// The bits that are compared and written.
@@ -280,6 +354,43 @@ mod tests {
         assert!(matches!(
             "0x1ffffffff/0x100".parse::<Mark>(),
             Err(MarkError::Number(_))
+        ));
+    }
+
+    fn marks() -> Marks {
+        let mark = |text: &str| text.parse().unwrap();
+        Marks {
+            outbound: mark("0x100/0x100"),
+            skip: mark("0x200/0x200"),
+            proxied: mark("0x210/0x210"),
+            own: mark("0x220/0x220"),
+            return_: mark("0x40/0x40"),
+            tproxy: mark("0x400/0xfff"),
+            proxy_return: mark("0x4d3/0xfff"),
+        }
+    }
+
+    #[test]
+    fn marks_that_rules_cannot_tell_apart_are_refused() {
+        assert_eq!(marks().check(), Ok(()));
+        let mut ambiguous = marks();
+        ambiguous.own = "0x320/0x320".parse().unwrap();
+        assert!(matches!(
+            ambiguous.check(),
+            Err(MarksError::Ambiguous {
+                name: "own",
+                other_name: "outbound",
+                ..
+            })
+        ));
+        let mut without_skip = marks();
+        without_skip.proxied = "0x10/0x10".parse().unwrap();
+        assert!(matches!(
+            without_skip.check(),
+            Err(MarksError::LacksSkip {
+                name: "proxied",
+                ..
+            })
         ));
     }
 

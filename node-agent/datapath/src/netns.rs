@@ -1,15 +1,35 @@
 //! A network namespace to do things in, from a thread that enters it and ends there.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use nix::sched::{CloneFlags, setns};
+use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
 /// A network namespace: the one this process runs in, or one it holds a descriptor of.
 #[derive(Clone, Debug)]
 pub struct Netns(Option<Arc<OwnedFd>>);
+
+/// What tells network namespaces apart: the device and the inode of their file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct NetnsId {
+    device: u64,
+    inode: u64,
+}
+
+/// A descriptor from elsewhere that is not what it was given for.
+#[derive(Debug, thiserror::Error)]
+pub enum NotNetns {
+    /// The kernel does not say what it is.
+    #[error("ask what the descriptor is of")]
+    Ask(#[source] io::Error),
+    /// It is something else.
+    #[error("the descriptor is not of a network namespace but of {0}")]
+    Other(String),
+}
 
 impl Netns {
     /// The namespace of this process.
@@ -24,6 +44,23 @@ impl Netns {
         Self(Some(Arc::new(descriptor)))
     }
 
+    /// The namespace of a descriptor that somebody else handed over.
+    ///
+    /// # Errors
+    /// If it is of something else.
+    pub fn received(descriptor: OwnedFd) -> Result<Self, NotNetns> {
+        let path = format!("/proc/self/fd/{}", descriptor.as_raw_fd());
+        let target = fs::read_link(path).map_err(NotNetns::Ask)?;
+        let system = fstatfs(&descriptor).map_err(|errno| NotNetns::Ask(errno.into()))?;
+        // The name alone could be that of a file, the file system alone that of another namespace.
+        let named = target.to_string_lossy().starts_with("net:[");
+        if named && system.filesystem_type() == NSFS_MAGIC {
+            Ok(Self::of(descriptor))
+        } else {
+            Err(NotNetns::Other(target.to_string_lossy().into_owned()))
+        }
+    }
+
     /// The namespace of a file, for example `/run/netns/NAME`.
     ///
     /// # Errors
@@ -36,6 +73,21 @@ impl Netns {
     #[must_use]
     pub fn descriptor(&self) -> Option<&OwnedFd> {
         self.0.as_deref()
+    }
+
+    /// What tells it apart from others.
+    ///
+    /// # Errors
+    /// If the kernel does not say.
+    pub fn id(&self) -> io::Result<NetnsId> {
+        let metadata = match self.descriptor() {
+            Some(descriptor) => fs::metadata(format!("/proc/self/fd/{}", descriptor.as_raw_fd()))?,
+            None => fs::metadata("/proc/self/ns/net")?,
+        };
+        Ok(NetnsId {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        })
     }
 
     /// Runs `work` inside.
@@ -55,5 +107,24 @@ impl Netns {
                 .join()
                 .map_err(|_| io::Error::other("the thread in the namespace died"))?
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_descriptor_of_a_network_namespace_is_taken_for_one() {
+        let own = File::open("/proc/self/ns/net").unwrap();
+        let received = Netns::received(own.into()).unwrap();
+        assert_eq!(received.id().unwrap(), Netns::own().id().unwrap());
+        for other in ["/proc/self/ns/mnt", "/dev/null", "/"] {
+            let descriptor = File::open(other).unwrap();
+            assert!(matches!(
+                Netns::received(descriptor.into()),
+                Err(NotNetns::Other(_))
+            ));
+        }
     }
 }

@@ -1,4 +1,5 @@
 //! The data path in a real kernel, in network namespaces, read back with other tools.
+#![allow(clippy::unwrap_used, reason = "this is a test")]
 
 mod bed;
 

@@ -59,6 +59,16 @@ impl LinuxKernel {
         })
     }
 
+    /// The value of a setting of the host, none if there is no such setting.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn setting(&self, path: &str) -> Result<Option<String>, KernelError> {
+        let path = self.proc_root.join(path);
+        let read = self.host.netns.run(|| sysctl::read(&path));
+        Ok(read.map_err(|error| KernelError::Enter(Place::Host, error))??)
+    }
+
     async fn observe_host(&self, interest: &BTreeSet<Item>) -> Result<BTreeSet<Item>, KernelError> {
         let side = &self.host;
         let mut items = self.observe_side(side, Place::Host, interest).await?;

@@ -1,4 +1,5 @@
 //! A node in network namespaces of its own: a host, pods behind veth pairs, a proxy pod.
+#![allow(dead_code, reason = "whoever uses it uses a part of it")]
 
 use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};

@@ -1,0 +1,74 @@
+//! Removes everything of ours from the host's network namespace, without a cluster.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use datapath::datapath::{Route, Sysctl, Target};
+use datapath::facts::{self, FactsError};
+use datapath::kernel::{ApplyError, Kernel, KernelError, LinuxKernel};
+use datapath::names::TABLE_RETURN;
+use datapath::netns::Netns;
+use datapath::{Datapath, Item, plan};
+
+/// The value that the data path gives to `rp_filter` of the host's devices.
+const LOOSE: &str = "2";
+
+/// Something that could not be removed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CleanupError {
+    /// The kernel does not say what it can do.
+    #[error("look at the kernel")]
+    Facts(#[from] FactsError),
+    /// What is there cannot be read.
+    #[error("read what there is to remove")]
+    Observe(#[from] KernelError),
+    /// A step failed.
+    #[error("remove what is left of Ambit")]
+    Apply(#[from] ApplyError),
+    /// The socket cannot be removed.
+    #[error("remove {}", .0.display())]
+    Socket(PathBuf, #[source] io::Error),
+}
+
+/// Removes it; how many steps that took.
+pub(crate) async fn cleanup(
+    host: Netns,
+    sysctl_root: &Path,
+    socket: &Path,
+) -> Result<usize, CleanupError> {
+    let facts = facts::find(&host).await?;
+    let kernel = LinuxKernel::in_namespace(host, facts.iptables, sysctl_root.to_owned())?;
+    let traces = kernel.observe(&Datapath::default()).await?;
+    let restore = kernel.setting("ipv4/conf/default/rp_filter")?;
+    let interest = settings(&traces, restore.as_deref().unwrap_or("0"));
+    let observed = kernel.observe(&interest).await?;
+    let steps = plan(&Datapath::default(), &observed);
+    kernel.apply(&steps).await?;
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(CleanupError::Socket(socket.to_owned(), error))
+        }
+        _ => Ok(steps.steps.len()),
+    }
+}
+
+/// The settings of the proxy's device, which the route of answers names. Pure.
+fn settings(traces: &Datapath, restore: &str) -> Datapath {
+    let devices = traces.host.iter().filter_map(|item| match item {
+        Item::Route(Route {
+            table: TABLE_RETURN,
+            target: Target::Via { device, .. },
+            ..
+        }) => Some(device),
+        _ => None,
+    });
+    let mut interest = Datapath::default();
+    interest.host.extend(devices.map(|device| {
+        Item::Sysctl(Sysctl {
+            path: format!("ipv4/conf/{device}/rp_filter"),
+            value: LOOSE.to_owned(),
+            restore: restore.to_owned(),
+        })
+    }));
+    interest
+}

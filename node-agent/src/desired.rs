@@ -1,0 +1,375 @@
+//! From the spec, as people and the controller write it, to values that cannot be wrong. Pure; every
+//! check of the spec is here.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
+
+use crds::{AmbientNodeSpec, TunnelEndSpec, Workload, WorkloadNote, reasons};
+use datapath::attachment::Attachment;
+use datapath::input::{InnerNetwork, Marks, Ports, Proxy, Tunnel, TunnelEnd};
+use datapath::{FailureMode, Mark, MeshPod, NodeInput, TunnelKind};
+
+/// Bytes that geneve adds over IPv4: outer Ethernet, IP, UDP and geneve headers (RFC 8926).
+const GENEVE_OVERHEAD: u32 = 50;
+
+/// Largest virtual network identifier (RFC 8926: 24 bits).
+const LAST_VNI: u32 = (1 << 24) - 1;
+
+/// What the spec asks for, checked.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Wanted {
+    pub(crate) kind: TunnelKind,
+    tunnel_port: u16,
+    inbound: TunnelEnd,
+    outbound: TunnelEnd,
+    mtu: Option<u32>,
+    pub(crate) ports: Ports,
+    pub(crate) marks: Marks,
+    pub(crate) failure_mode: FailureMode,
+    pub(crate) local_by_tunnel: bool,
+    pub(crate) pods: Vec<Pod>,
+    /// Workloads that cannot be enrolled whatever the proxy does.
+    pub(crate) unusable: Vec<WorkloadNote>,
+    pub(crate) excluded: Vec<WorkloadNote>,
+}
+
+/// A pod to be carried.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Pod {
+    pub(crate) workload: Workload,
+    pub(crate) ips: Vec<Ipv4Addr>,
+}
+
+/// A value of the spec that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("spec.{field}: {problem}")]
+pub(crate) struct InvalidSpec {
+    field: String,
+    problem: String,
+}
+
+/// Checks a spec.
+pub(crate) fn parse(spec: &AmbientNodeSpec) -> Result<Wanted, InvalidSpec> {
+    let inbound = tunnel_end("tunnel.inbound", &spec.tunnel.inbound)?;
+    let outbound = tunnel_end("tunnel.outbound", &spec.tunnel.outbound)?;
+    distinct_tunnels(inbound, outbound)?;
+    let (pods, unusable) = pods(&spec.workloads);
+    Ok(Wanted {
+        kind: match spec.tunnel.kind {
+            crds::TunnelType::Geneve => TunnelKind::Geneve,
+            crds::TunnelType::Veth => TunnelKind::Veth,
+        },
+        tunnel_port: spec.tunnel.port,
+        inbound,
+        outbound,
+        mtu: spec.tunnel.mtu.map(u32::from),
+        ports: ports(spec)?,
+        marks: marks(spec)?,
+        failure_mode: match spec.failure_mode {
+            crds::FailureMode::Closed => FailureMode::Closed,
+            crds::FailureMode::Open => FailureMode::Open,
+        },
+        local_by_tunnel: spec.local_traffic == crds::LocalTraffic::Hbone,
+        pods,
+        unusable,
+        excluded: spec.excluded.clone(),
+    })
+}
+
+/// The data path's input, with the proxy that is attached and the pods whose turn it is.
+pub(crate) fn input(
+    wanted: &Wanted,
+    proxy: Option<&Attachment>,
+    serving: bool,
+    pods: &[Pod],
+) -> NodeInput {
+    NodeInput {
+        tunnel: Tunnel {
+            kind: wanted.kind,
+            port: wanted.tunnel_port,
+            inbound: wanted.inbound,
+            outbound: wanted.outbound,
+            // Without a proxy there are no devices.
+            mtu: proxy.map_or(0, |proxy| mtu(wanted, proxy)),
+        },
+        ports: wanted.ports,
+        marks: wanted.marks,
+        failure_mode: wanted.failure_mode,
+        proxy: proxy.map(|proxy| Proxy {
+            ip: proxy.ip,
+            host_device: proxy.host_device.clone(),
+            device: proxy.device.clone(),
+            host_ip: proxy.host_ip,
+            default_rp_filter: proxy.default_rp_filter.clone(),
+            serving,
+        }),
+        pods: pods
+            .iter()
+            .flat_map(|pod| pod.ips.iter().map(|ip| MeshPod { ip: *ip }))
+            .collect(),
+    }
+}
+
+fn mtu(wanted: &Wanted, proxy: &Attachment) -> u32 {
+    wanted.mtu.unwrap_or(match wanted.kind {
+        TunnelKind::Geneve => proxy.mtu.saturating_sub(GENEVE_OVERHEAD),
+        TunnelKind::Veth => proxy.mtu,
+    })
+}
+
+fn invalid(field: impl Into<String>, problem: impl ToString) -> InvalidSpec {
+    InvalidSpec {
+        field: field.into(),
+        problem: problem.to_string(),
+    }
+}
+
+fn tunnel_end(field: &str, spec: &TunnelEndSpec) -> Result<TunnelEnd, InvalidSpec> {
+    if spec.vni == 0 || spec.vni > LAST_VNI {
+        return Err(invalid(
+            format!("{field}.vni"),
+            format!("{} is not between 1 and {LAST_VNI}", spec.vni),
+        ));
+    }
+    let cidr = format!("{field}.cidr");
+    let network = spec.cidr.parse().map_err(|_| {
+        invalid(
+            &cidr,
+            format!(
+                "{:?} is not an IPv4 network, for example 192.168.126.0/30",
+                spec.cidr
+            ),
+        )
+    })?;
+    let network = InnerNetwork::new(network).map_err(|error| invalid(&cidr, error))?;
+    Ok(TunnelEnd {
+        vni: spec.vni,
+        network,
+    })
+}
+
+fn distinct_tunnels(inbound: TunnelEnd, outbound: TunnelEnd) -> Result<(), InvalidSpec> {
+    if inbound.vni == outbound.vni {
+        return Err(invalid(
+            "tunnel.outbound.vni",
+            format!("{} is also the vni of tunnel.inbound", outbound.vni),
+        ));
+    }
+    let (one, other) = (inbound.network.network(), outbound.network.network());
+    if one.contains(&other) || other.contains(&one) {
+        return Err(invalid(
+            "tunnel.outbound.cidr",
+            format!("{other} overlaps {one}, the cidr of tunnel.inbound"),
+        ));
+    }
+    Ok(())
+}
+
+fn ports(spec: &AmbientNodeSpec) -> Result<Ports, InvalidSpec> {
+    let crds::PortsSpec {
+        outbound,
+        inbound,
+        inbound_plaintext,
+    } = spec.ports;
+    let all = BTreeSet::from([outbound, inbound, inbound_plaintext]);
+    if all.len() < 3 || all.contains(&0) {
+        return Err(invalid(
+            "ports",
+            "the three ports must differ and must not be 0",
+        ));
+    }
+    Ok(Ports {
+        outbound,
+        inbound,
+        inbound_plaintext,
+    })
+}
+
+fn marks(spec: &AmbientNodeSpec) -> Result<Marks, InvalidSpec> {
+    let mark = |name: &str, text: &str| -> Result<Mark, InvalidSpec> {
+        text.parse()
+            .map_err(|error| invalid(format!("marks.{name}"), error))
+    };
+    let crds::MarksSpec {
+        outbound,
+        skip,
+        proxied,
+        own,
+        return_,
+        tproxy,
+        proxy_return,
+    } = &spec.marks;
+    let marks = Marks {
+        outbound: mark("outbound", outbound)?,
+        skip: mark("skip", skip)?,
+        proxied: mark("proxied", proxied)?,
+        own: mark("own", own)?,
+        return_: mark("return", return_)?,
+        tproxy: mark("tproxy", tproxy)?,
+        proxy_return: mark("proxyReturn", proxy_return)?,
+    };
+    marks.check().map_err(|error| invalid("marks", error))?;
+    Ok(marks)
+}
+
+fn pods(workloads: &[Workload]) -> (Vec<Pod>, Vec<WorkloadNote>) {
+    let (mut pods, mut unusable) = (Vec::new(), Vec::new());
+    for workload in workloads {
+        let ips: BTreeSet<Ipv4Addr> = workload
+            .ips
+            .iter()
+            .filter_map(|ip| match ip.parse() {
+                Ok(IpAddr::V4(ip)) => Some(ip),
+                _ => None,
+            })
+            .collect();
+        if ips.is_empty() {
+            unusable.push(note(
+                workload,
+                reasons::NO_IPV4_ADDRESS,
+                format!(
+                    "its addresses are {:?}; Ambit carries IPv4 only for now",
+                    workload.ips
+                ),
+            ));
+        } else {
+            pods.push(Pod {
+                workload: workload.clone(),
+                ips: ips.into_iter().collect(),
+            });
+        }
+    }
+    (pods, unusable)
+}
+
+/// A note about a workload.
+pub(crate) fn note(workload: &Workload, reason: &str, message: impl Into<String>) -> WorkloadNote {
+    WorkloadNote {
+        uid: workload.uid.clone(),
+        namespace: workload.namespace.clone(),
+        name: workload.name.clone(),
+        reason: reason.to_owned(),
+        message: message.into(),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    pub(crate) fn workload(uid: &str, ip: &str) -> Workload {
+        Workload {
+            uid: uid.to_owned(),
+            namespace: "shop".to_owned(),
+            name: format!("pod-{uid}"),
+            service_account: "default".to_owned(),
+            ips: vec![ip.to_owned()],
+        }
+    }
+
+    pub(crate) fn spec(workloads: Vec<Workload>) -> AmbientNodeSpec {
+        AmbientNodeSpec {
+            workloads,
+            ..AmbientNodeSpec::default()
+        }
+    }
+
+    fn attachment() -> Attachment {
+        Attachment {
+            ip: Ipv4Addr::new(10, 0, 0, 3),
+            device: "eth0".to_owned(),
+            host_device: "vethp".to_owned(),
+            mtu: 1500,
+            host_ip: Ipv4Addr::new(10, 0, 0, 1),
+            default_rp_filter: "0".to_owned(),
+        }
+    }
+
+    #[test]
+    fn the_default_spec_is_valid() {
+        let wanted = parse(&spec(vec![workload("a", "10.0.0.4")])).unwrap();
+        assert_eq!(wanted.pods.len(), 1);
+        assert!(wanted.unusable.is_empty());
+    }
+
+    #[test]
+    fn geneve_leaves_room_for_its_headers_and_veth_needs_none() {
+        let mut geneve = spec(vec![]);
+        let input_of = |spec: &AmbientNodeSpec| {
+            input(&parse(spec).unwrap(), Some(&attachment()), true, &[])
+                .tunnel
+                .mtu
+        };
+        assert_eq!(input_of(&geneve), 1450);
+        geneve.tunnel.mtu = Some(1400);
+        assert_eq!(input_of(&geneve), 1400);
+        let mut veth = spec(vec![]);
+        veth.tunnel.kind = crds::TunnelType::Veth;
+        assert_eq!(input_of(&veth), 1500);
+    }
+
+    #[test]
+    fn an_invalid_spec_names_the_field() {
+        type Change = fn(&mut AmbientNodeSpec);
+        let cases: [(Change, &str); 7] = [
+            (
+                |spec| spec.tunnel.inbound.vni = 1 << 24,
+                "spec.tunnel.inbound.vni:",
+            ),
+            (
+                |spec| spec.tunnel.outbound.vni = 1000,
+                "spec.tunnel.outbound.vni:",
+            ),
+            (
+                |spec| spec.tunnel.inbound.cidr = "fd00::/64".to_owned(),
+                "spec.tunnel.inbound.cidr:",
+            ),
+            (
+                |spec| spec.tunnel.outbound.cidr = "192.168.126.0/24".to_owned(),
+                "spec.tunnel.outbound.cidr:",
+            ),
+            (|spec| spec.ports.inbound = 15001, "spec.ports:"),
+            (
+                |spec| spec.marks.return_ = "0x40".to_owned(),
+                "spec.marks.return:",
+            ),
+            (
+                |spec| spec.marks.own = "0x320/0x320".to_owned(),
+                "spec.marks: own",
+            ),
+        ];
+        for (break_it, start) in cases {
+            let mut broken = spec(vec![]);
+            break_it(&mut broken);
+            let message = parse(&broken).unwrap_err().to_string();
+            assert!(message.starts_with(start), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_workload_without_an_ipv4_address_is_named_and_the_others_go_on() {
+        let wanted = parse(&spec(vec![
+            workload("a", "fd00::4"),
+            workload("b", "10.0.0.5"),
+        ]))
+        .unwrap();
+        assert_eq!(wanted.pods[0].workload.uid, "b");
+        assert_eq!(wanted.unusable[0].reason, reasons::NO_IPV4_ADDRESS);
+    }
+
+    proptest! {
+        #[test]
+        fn no_spec_makes_the_parser_panic(
+            vni in any::<u32>(), cidr in ".{0,20}", mark in ".{0,22}", port in any::<u16>(),
+            ips in prop::collection::vec(".{0,16}", 0..3),
+        ) {
+            let mut spec = spec(vec![Workload { ips, ..workload("a", "") }]);
+            spec.tunnel.inbound = TunnelEndSpec { vni, cidr };
+            spec.marks.skip = mark;
+            spec.ports.inbound = port;
+            let _ = parse(&spec);
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! The loop: something happened, or half a minute went by; then one pass.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use datapath::changes::Changes;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until};
+
+use crate::metrics::Metrics;
+use crate::pass::Node;
+use crate::report::Outcome;
+use crate::roster::{Roster, SessionEvent};
+use crate::watch::Known;
+
+/// Time between two full passes: what has no notification (iptables, ipset) is mended within it.
+const FULL: Duration = Duration::from_secs(30);
+
+/// Changes of the kernel come in swarms; a pass waits for the swarm to pass by.
+const SWARM: Duration = Duration::from_millis(30);
+
+/// Time from a pass that failed to the next; doubled with each failure up to [`FULL`].
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+
+/// What wakes the loop.
+pub(crate) struct Inputs {
+    pub(crate) known: watch::Receiver<Known>,
+    pub(crate) sessions: mpsc::Receiver<SessionEvent>,
+    pub(crate) wakes: mpsc::Receiver<()>,
+}
+
+/// Runs until one of the inputs ends.
+pub(crate) async fn run(
+    mut node: Node,
+    mut inputs: Inputs,
+    mut roster: Roster,
+    outcomes: watch::Sender<Option<Outcome>>,
+    metrics: Arc<Metrics>,
+) {
+    let mut changes: Option<Changes> = None;
+    let mut schedule = Schedule::new();
+    let mut existed = false;
+    loop {
+        // Netlink drops a listener that cannot follow; the tick makes up for what it missed.
+        if changes
+            .as_ref()
+            .is_none_or(|changes| !changes.is_listening())
+        {
+            changes = node
+                .listen()
+                .inspect_err(|error| tracing::warn!("listen for changes of the kernel: {error}"))
+                .ok();
+        }
+        metrics.turns();
+        if !wait(&mut inputs, &mut roster, schedule.next).await {
+            return;
+        }
+        let full = schedule.is_full();
+        let known = inputs.known.borrow_and_update().clone();
+        let timer = metrics.pass();
+        match known {
+            Known::Unread => schedule.done(full),
+            Known::Present(object) => {
+                existed = true;
+                match node.pass(&object, &mut roster, full).await {
+                    None => schedule.wait(node.grace_left()),
+                    Some(outcome) => {
+                        schedule.after(full, outcome.failure.is_none());
+                        timer.done(&outcome);
+                        report(outcome, &outcomes);
+                    }
+                }
+            }
+            // Without an object nothing says that what stands is not wanted, unless it was deleted
+            // before this agent's eyes.
+            Known::Absent if existed => match node.remove(&mut roster).await {
+                Ok(()) => {
+                    existed = false;
+                    outcomes.send_replace(None);
+                    schedule.done(full);
+                    tracing::info!("the AmbientNode is gone, and the data path with it");
+                }
+                Err(failure) => {
+                    tracing::warn!(
+                        reason = failure.reason,
+                        "remove the data path: {}",
+                        failure.message
+                    );
+                    schedule.after(full, false);
+                }
+            },
+            Known::Absent => schedule.done(full),
+        }
+        metrics.known(existed);
+    }
+}
+
+/// Waits for something to happen; false when nothing can happen any more.
+async fn wait(inputs: &mut Inputs, roster: &mut Roster, next: Instant) -> bool {
+    let Inputs {
+        known,
+        sessions,
+        wakes,
+    } = inputs;
+    tokio::select! {
+        changed = known.changed() => if changed.is_err() { return false },
+        event = sessions.recv() => match event {
+            Some(event) => roster.take(event),
+            None => return false,
+        },
+        _ = wakes.recv() => tokio::time::sleep(SWARM).await,
+        () = sleep_until(next) => {}
+    }
+    while let Ok(event) = sessions.try_recv() {
+        roster.take(event);
+    }
+    while wakes.try_recv().is_ok() {}
+    true
+}
+
+fn report(outcome: Outcome, outcomes: &watch::Sender<Option<Outcome>>) {
+    if let Some(failure) = &outcome.failure {
+        tracing::warn!(reason = failure.reason, "{}", failure.message);
+    }
+    outcomes.send_if_modified(|last| {
+        let differs = last.as_ref() != Some(&outcome);
+        *last = Some(outcome);
+        differs
+    });
+}
+
+/// When the next pass is due.
+struct Schedule {
+    next: Instant,
+    next_full: Instant,
+    failures: u32,
+}
+
+impl Schedule {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            next: now,
+            next_full: now,
+            failures: 0,
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        Instant::now() >= self.next_full
+    }
+
+    fn done(&mut self, full: bool) {
+        self.after(full, true);
+    }
+
+    fn after(&mut self, full: bool, well: bool) {
+        if full {
+            self.next_full = Instant::now() + FULL;
+        }
+        self.failures = if well {
+            0
+        } else {
+            self.failures.saturating_add(1)
+        };
+        self.next = if well {
+            self.next_full
+        } else {
+            (Instant::now() + delay(self.failures)).min(self.next_full)
+        };
+    }
+
+    fn wait(&mut self, grace: Duration) {
+        self.next = Instant::now() + grace.max(SWARM);
+    }
+}
+
+fn delay(failures: u32) -> Duration {
+    FIRST_RETRY
+        .saturating_mul(1 << failures.saturating_sub(1).min(8))
+        .min(FULL)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retries_slow_down_to_the_time_of_a_full_pass() {
+        assert_eq!(delay(1), FIRST_RETRY);
+        assert_eq!(delay(3), FIRST_RETRY * 4);
+        assert_eq!(delay(u32::MAX), FULL);
+    }
+}

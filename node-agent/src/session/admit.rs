@@ -1,0 +1,277 @@
+//! Whether who says hello is this node's proxy: its pod is asked for at the API server, and its
+//! namespace is looked at from both sides.
+
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use datapath::attachment::{self, AttachError};
+use datapath::netns::{Netns, NotNetns};
+use k8s_openapi::api::core::v1::Pod;
+use kube::{Api, Client};
+use protocol::node::Hello;
+
+use crate::failure::chain;
+use crate::roster::Identity;
+
+/// How long the API server may take to learn the address of a pod that has just started.
+const ADDRESS_PATIENCE: Duration = Duration::from_secs(20);
+
+/// Time between two questions about a pod.
+const RETRY: Duration = Duration::from_millis(250);
+
+/// Who is let in.
+pub(crate) struct Doorman {
+    pub(crate) client: Client,
+    pub(crate) expected: Expected,
+    /// The host's network namespace.
+    pub(crate) host: Netns,
+    pub(crate) sysctl_root: PathBuf,
+}
+
+/// What a proxy's pod looks like.
+#[derive(Clone, Debug)]
+pub(crate) struct Expected {
+    pub(crate) namespace: String,
+    pub(crate) node: String,
+    pub(crate) service_account: String,
+}
+
+/// Who says hello is not this node's proxy.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Rejection {
+    /// What came with the hello is no network namespace.
+    #[error(transparent)]
+    NotNetns(#[from] NotNetns),
+    /// The namespaces cannot be told apart.
+    #[error("ask the kernel which network namespace the descriptor is of")]
+    Namespace(#[source] std::io::Error),
+    /// The descriptor is of the host's own namespace.
+    #[error(
+        "pod {0} is on the host's own network: a proxy must have a network namespace of its own (hostNetwork: false)"
+    )]
+    HostNetwork(String),
+    /// There is no such pod.
+    #[error("there is no pod {namespace}/{name} with UID {uid}")]
+    NoPod {
+        /// Where it should be.
+        namespace: String,
+        /// Its name.
+        name: String,
+        /// Its UID.
+        uid: String,
+    },
+    /// The pod is something else.
+    #[error("pod {name} {problem}")]
+    WrongPod {
+        /// Its name.
+        name: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The namespace cannot be redirected to.
+    #[error("pod {0}")]
+    Namespaces(String, #[source] AttachError),
+    /// The namespace is another pod's.
+    #[error(
+        "the network namespace that came with the hello of pod {name} has address {found}, the pod has {expected}"
+    )]
+    WrongAddress {
+        /// The pod.
+        name: String,
+        /// The address in the namespace.
+        found: IpAddr,
+        /// The addresses of the pod.
+        expected: String,
+    },
+}
+
+impl Doorman {
+    /// Checks a hello. Waits while the API server is away: what stands in the kernel stays meanwhile.
+    pub(crate) async fn admit(
+        &self,
+        hello: Hello,
+        descriptor: OwnedFd,
+    ) -> Result<(Identity, Netns), Rejection> {
+        let name = &hello.pod_name;
+        let netns = Netns::received(descriptor)?;
+        let (theirs, ours) = (netns.id(), self.host.id());
+        if theirs.map_err(Rejection::Namespace)? == ours.map_err(Rejection::Namespace)? {
+            return Err(Rejection::HostNetwork(name.clone()));
+        }
+        let addresses = self.addresses(&hello).await?;
+        let found = attachment::find(&self.host, &netns, &self.sysctl_root)
+            .await
+            .map_err(|error| Rejection::Namespaces(name.clone(), error))?;
+        if !addresses.contains(&found.ip.into()) {
+            let expected: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+            return Err(Rejection::WrongAddress {
+                name: name.clone(),
+                found: found.ip.into(),
+                expected: expected.join(", "),
+            });
+        }
+        let identity = Identity {
+            pod_name: hello.pod_name,
+            pod_uid: hello.pod_uid,
+            version: hello.version,
+        };
+        Ok((identity, netns))
+    }
+
+    /// Addresses of the pod that says hello, if it is a proxy of this node.
+    async fn addresses(&self, hello: &Hello) -> Result<Vec<IpAddr>, Rejection> {
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.expected.namespace);
+        let started = tokio::time::Instant::now();
+        loop {
+            match pods.get_opt(&hello.pod_name).await {
+                Ok(pod) => {
+                    let addresses = check(pod.as_ref(), hello, &self.expected)?;
+                    if !addresses.is_empty() {
+                        return Ok(addresses);
+                    }
+                    if started.elapsed() > ADDRESS_PATIENCE {
+                        return Err(wrong(hello, "has no address".to_owned()));
+                    }
+                }
+                Err(error) => tracing::warn!(
+                    pod = hello.pod_name,
+                    "ask for the proxy's pod: {} (needs get on pods in {}; config/rbac gives it)",
+                    chain(&error),
+                    self.expected.namespace
+                ),
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+}
+
+/// Whether the pod is a proxy of this node; its addresses, none if it has none yet. Pure.
+fn check(pod: Option<&Pod>, hello: &Hello, expected: &Expected) -> Result<Vec<IpAddr>, Rejection> {
+    let pod = pod.filter(|pod| pod.metadata.uid.as_ref() == Some(&hello.pod_uid));
+    let Some(pod) = pod else {
+        return Err(Rejection::NoPod {
+            namespace: expected.namespace.clone(),
+            name: hello.pod_name.clone(),
+            uid: hello.pod_uid.clone(),
+        });
+    };
+    let spec = pod.spec.as_ref();
+    let node = spec
+        .and_then(|spec| spec.node_name.as_deref())
+        .unwrap_or_default();
+    if node != expected.node {
+        return Err(wrong(
+            hello,
+            format!("runs on node {node:?}, this is {:?}", expected.node),
+        ));
+    }
+    let account = spec
+        .and_then(|spec| spec.service_account_name.as_deref())
+        .unwrap_or_default();
+    if account != expected.service_account {
+        let problem = format!(
+            "has service account {account:?}, a proxy has {:?}",
+            expected.service_account
+        );
+        return Err(wrong(hello, problem));
+    }
+    if pod.metadata.deletion_timestamp.is_some() {
+        return Err(wrong(hello, "is terminating".to_owned()));
+    }
+    let status = pod.status.as_ref();
+    let addresses = status
+        .and_then(|status| status.pod_ips.as_ref())
+        .into_iter()
+        .flatten();
+    Ok(addresses
+        .filter_map(|address| address.ip.parse().ok())
+        .collect())
+}
+
+fn wrong(hello: &Hello, problem: String) -> Rejection {
+    Rejection::WrongPod {
+        name: hello.pod_name.clone(),
+        problem,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn expected() -> Expected {
+        Expected {
+            namespace: "ambit-system".to_owned(),
+            node: "node-1".to_owned(),
+            service_account: "ambit-proxy".to_owned(),
+        }
+    }
+
+    fn hello() -> Hello {
+        Hello {
+            version: "1".to_owned(),
+            pod_uid: "u1".to_owned(),
+            pod_name: "ambit-proxy-x".to_owned(),
+        }
+    }
+
+    fn pod(change: impl FnOnce(&mut Value)) -> Pod {
+        let mut pod = json!({
+            "metadata": {"name": "ambit-proxy-x", "uid": "u1"},
+            "spec": {"nodeName": "node-1", "serviceAccountName": "ambit-proxy", "containers": []},
+            "status": {"podIPs": [{"ip": "10.0.0.3"}]},
+        });
+        change(&mut pod);
+        serde_json::from_value(pod).unwrap()
+    }
+
+    fn refused(change: impl FnOnce(&mut Value)) -> String {
+        check(Some(&pod(change)), &hello(), &expected())
+            .unwrap_err()
+            .to_string()
+    }
+
+    #[test]
+    fn the_nodes_own_proxy_is_let_in_with_its_addresses() {
+        let addresses = check(Some(&pod(|_| {})), &hello(), &expected()).unwrap();
+        assert_eq!(addresses, ["10.0.0.3".parse::<IpAddr>().unwrap()]);
+    }
+
+    #[test]
+    fn a_pod_without_an_address_is_asked_for_again() {
+        let young = pod(|pod| pod["status"] = json!({}));
+        assert_eq!(
+            check(Some(&young), &hello(), &expected()).unwrap(),
+            Vec::<IpAddr>::new()
+        );
+    }
+
+    #[test]
+    fn whoever_is_not_the_nodes_proxy_is_turned_away_with_the_reason() {
+        assert!(check(None, &hello(), &expected()).is_err());
+        type Change = fn(&mut Value);
+        let cases: [(Change, &str); 4] = [
+            (|pod| pod["metadata"]["uid"] = json!("other"), "with UID u1"),
+            (
+                |pod| pod["spec"]["nodeName"] = json!("node-2"),
+                "runs on node \"node-2\"",
+            ),
+            (
+                |pod| pod["spec"]["serviceAccountName"] = json!("default"),
+                "service account \"default\"",
+            ),
+            (
+                |pod| pod["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z"),
+                "is terminating",
+            ),
+        ];
+        for (change, part) in cases {
+            let message = refused(change);
+            assert!(message.contains(part), "{message}");
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! The node's own AmbientNode, as the API server tells it. While the API server is away, what it told
+//! last counts.
+
+use std::sync::Arc;
+
+use crds::AmbientNode;
+use futures::{StreamExt, TryStreamExt};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Api, Client, ResourceExt};
+use tokio::sync::watch;
+
+/// What is known about the AmbientNode.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) enum Known {
+    /// Nothing: the API server has not answered yet.
+    #[default]
+    Unread,
+    /// The API server says that there is none.
+    Absent,
+    /// This.
+    Present(Arc<AmbientNode>),
+}
+
+impl Known {
+    /// The object, if there is one.
+    pub(crate) fn present(&self) -> Option<&Arc<AmbientNode>> {
+        match self {
+            Self::Present(object) => Some(object),
+            Self::Unread | Self::Absent => None,
+        }
+    }
+}
+
+/// Watches for ever.
+pub(crate) async fn watch(client: Client, node: String, known: watch::Sender<Known>) {
+    let only_this = watcher::Config::default().fields(&format!("metadata.name={node}"));
+    let mut changes = watcher(Api::<AmbientNode>::all(client), only_this)
+        .default_backoff()
+        .boxed();
+    // What a list has brought so far; it counts when the list is complete.
+    let mut listed = Known::Absent;
+    loop {
+        match changes.try_next().await {
+            Ok(Some(watcher::Event::Init)) => listed = Known::Absent,
+            Ok(Some(watcher::Event::InitApply(object))) => listed = present(object),
+            Ok(Some(watcher::Event::InitDone)) => {
+                if listed == Known::Absent {
+                    tracing::warn!(
+                        node,
+                        "there is no AmbientNode of this node; the controller makes one"
+                    );
+                }
+                known.send_replace(std::mem::take(&mut listed));
+            }
+            Ok(Some(watcher::Event::Apply(object))) => {
+                known.send_replace(present(object));
+            }
+            Ok(Some(watcher::Event::Delete(object))) => {
+                tracing::warn!(node = object.name_any(), "the AmbientNode is deleted");
+                known.send_replace(Known::Absent);
+            }
+            Ok(None) => return,
+            Err(error) => tracing::warn!(
+                "watch AmbientNode {node}: {:#} (needs get, list and watch on ambientnodes.ambit.mesh; config/rbac gives them)",
+                anyhow::Error::from(error)
+            ),
+        }
+    }
+}
+
+fn present(object: AmbientNode) -> Known {
+    Known::Present(Arc::new(object))
+}
