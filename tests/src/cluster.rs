@@ -130,20 +130,6 @@ impl Cluster {
         .map(drop)
     }
 
-    /// Waits until `node` counts `enrolled` workloads as enrolled and none pending; how long it took.
-    ///
-    /// # Errors
-    /// If it does not within `limit`.
-    pub fn wait_enrolled(&self, node: &str, enrolled: i64, limit: Duration) -> Result<Duration> {
-        eventually(limit, "enrolled", || {
-            let status = self.ambient_node(node)?["status"].take();
-            if status["enrolled"] != enrolled || status["workloads"] != enrolled {
-                bail!("{node}: {status:#}");
-            }
-            Ok(())
-        })
-    }
-
     /// Waits until every pod of `namespace` that should be is in the mesh; how long it took.
     ///
     /// # Errors

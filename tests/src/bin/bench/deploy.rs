@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use mesh_tests::cluster::Cluster;
 
 /// Namespace outside the mesh.
@@ -60,12 +60,7 @@ pub(crate) fn deploy(cluster: &Cluster, image: &str) -> Result<Places> {
     }
     cluster.wait_ready(PLAIN)?;
     cluster.wait_ready(MESH)?;
-    cluster
-        .wait_enrolled(near, 2, Duration::from_secs(30))
-        .context("the near node's pods")?;
-    cluster
-        .wait_enrolled(far, 1, Duration::from_secs(30))
-        .context("the far node's pods")?;
+    cluster.wait_in_mesh(MESH, Duration::from_secs(60))?;
     Ok(Places {
         plain: servers(cluster, PLAIN)?,
         mesh: servers(cluster, MESH)?,

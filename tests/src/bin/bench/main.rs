@@ -13,7 +13,7 @@ mod work;
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use mesh_tests::cluster::Cluster;
 
@@ -58,5 +58,8 @@ fn main() -> Result<()> {
     }
     let rows = report::rows(&samples);
     println!("{}", report::table(&rows));
-    report::write(&rows, &arguments.output)
+    report::write(&rows, &arguments.output)?;
+    let slow = report::too_slow(&rows);
+    ensure!(slow.is_empty(), "too slow: {}", slow.join("; "));
+    Ok(())
 }

@@ -3,7 +3,7 @@
 use std::fs;
 
 use anyhow::{Context, Result, bail};
-use mesh_tests::cluster::Cluster;
+use mesh_tests::cluster::{Cluster, setting};
 use serde_json::Value;
 
 use crate::deploy::{MESH, PLAIN, Places};
@@ -26,13 +26,13 @@ const TICKS: f64 = 100.0;
 pub(crate) fn idle_memory() -> Result<Vec<Sample>> {
     let proxies = proxies()?;
     if proxies.is_empty() {
-        bail!("no ambit-proxy process runs on this machine");
+        bail!("no ambit-proxy process of this cluster runs on this machine");
     }
     let mut samples = Vec::new();
     for proxy in proxies {
         samples.push(Sample {
             work: "idle proxy",
-            variant: Variant::Ambit,
+            variant: Variant::Mesh,
             metric: "memory",
             unit: "MiB",
             value: resident_kib(proxy)? / 1024.0,
@@ -51,7 +51,7 @@ pub(crate) fn measure(
 ) -> Result<Vec<Sample>> {
     let (from, to) = match variant {
         Variant::Plain | Variant::Tls => (PLAIN, PLAIN),
-        Variant::Ambit => (MESH, MESH),
+        Variant::Mesh => (MESH, MESH),
         Variant::Passthrough => (MESH, PLAIN),
     };
     let port = if variant == Variant::Tls { 7443 } else { 7000 };
@@ -86,7 +86,7 @@ fn samples(work: &Work, variant: Variant, measured: &Value, cpu: f64) -> Result<
         value,
     };
     let seconds = number("seconds")?;
-    let proxied = matches!(variant, Variant::Ambit | Variant::Passthrough);
+    let proxied = matches!(variant, Variant::Mesh | Variant::Passthrough);
     let mut all = Vec::new();
     if work.kind == "bulk" {
         let bytes = number("bytes")?;
@@ -169,20 +169,19 @@ fn resident_kib(pid: u32) -> Result<f64> {
     Ok(kib.parse()?)
 }
 
+/// The proxies of this cluster: other clusters may stand beside it on this machine.
 fn proxies() -> Result<Vec<u32>> {
+    let nodes = setting("AMBIT_NETNS_PREFIX")?;
     let mut pids = Vec::new();
     for entry in fs::read_dir("/proc")? {
-        let entry = entry?;
-        let Some(pid) = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse().ok())
-        else {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        let Some(pid) = name.and_then(|name| name.parse().ok()) else {
             continue;
         };
         // A process may end between the listing and the reading.
-        let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        if name.trim_end() == "ambit-proxy" {
+        let read = |file: &str| fs::read_to_string(path.join(file)).unwrap_or_default();
+        if read("comm").trim_end() == "ambit-proxy" && read("cgroup").contains(&nodes) {
             pids.push(pid);
         }
     }

@@ -103,6 +103,19 @@ pub(crate) fn table(rows: &[Row]) -> String {
     text
 }
 
+/// What the mesh carries at less than this share of plain TCP's rate is a defect, not a result.
+const LEAST: f64 = 0.12;
+
+/// The rows that are below [`LEAST`]; rates and throughputs only, where more is better.
+pub(crate) fn too_slow(rows: &[Row]) -> Vec<String> {
+    rows.iter()
+        .filter(|row| row.variant == Variant::Mesh)
+        .filter(|row| ["throughput", "rate"].contains(&row.metric))
+        .filter_map(|row| Some((row, row.ratio_to_plain.filter(|ratio| *ratio < LEAST)?)))
+        .map(|(row, ratio)| format!("{}: {} is {ratio:.2} of plain TCP's", row.work, row.metric))
+        .collect()
+}
+
 /// Writes the rows as a JSON array.
 pub(crate) fn write(rows: &[Row], path: &Path) -> Result<()> {
     if let Some(folder) = path.parent() {
@@ -130,7 +143,7 @@ mod tests {
     fn a_ratio_is_that_of_the_medians() {
         let samples: Vec<_> = [
             (Variant::Plain, [8.0, 1.0, 10.0]),
-            (Variant::Ambit, [2.0, 9.0, 1.0]),
+            (Variant::Mesh, [2.0, 9.0, 1.0]),
         ]
         .into_iter()
         .flat_map(|(variant, values)| values.map(|value| sample(variant, value)))
@@ -141,6 +154,19 @@ mod tests {
         assert_eq!((rows[1].min, rows[1].max), (1.0, 9.0));
         assert_eq!(rows[1].ratio_to_plain, Some(0.25));
         assert_eq!(rows[1].ratio_to_tls, None);
+    }
+
+    #[test]
+    fn what_is_far_below_plain_is_named() {
+        let of = |share| {
+            let samples = [sample(Variant::Plain, 10.0), sample(Variant::Mesh, share)];
+            too_slow(&rows(&samples))
+        };
+        assert_eq!(of(1.3), [""; 0]);
+        assert_eq!(
+            of(1.0),
+            ["bulk, 1 stream: throughput is 0.10 of plain TCP's"]
+        );
     }
 
     #[test]

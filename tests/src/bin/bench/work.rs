@@ -11,7 +11,7 @@ pub(crate) enum Variant {
     /// TLS 1.3 between pods outside the mesh, by the programs themselves.
     Tls,
     /// Plain TCP between mesh pods: HBONE across nodes, joined sockets on one node.
-    Ambit,
+    Mesh,
     /// Plain TCP from a mesh pod to one outside: the redirection without the encryption.
     Passthrough,
 }
@@ -31,11 +31,11 @@ pub(crate) struct Work {
     pub(crate) variants: &'static [Variant],
 }
 
-const ENCRYPTED: &[Variant] = &[Variant::Plain, Variant::Tls, Variant::Ambit];
+const ENCRYPTED: &[Variant] = &[Variant::Plain, Variant::Tls, Variant::Mesh];
 const EVERY: &[Variant] = &[
     Variant::Plain,
     Variant::Tls,
-    Variant::Ambit,
+    Variant::Mesh,
     Variant::Passthrough,
 ];
 
@@ -50,7 +50,7 @@ pub(crate) const WORKS: &[Work] = &[
     same("same node: bulk, 1 stream", "bulk", 1),
     same("same node: ping-pong, 1 connection", "ping-pong", 1),
     same("same node: keep-alive, 64 connections", "ping-pong", 64),
-    across("idle, 5000 connections", "idle", 5000, &[Variant::Ambit]),
+    across("idle, 5000 connections", "idle", 5000, &[Variant::Mesh]),
 ];
 
 const fn across(
