@@ -1,6 +1,5 @@
 //! Opens connections to other proxies: dial from the pod's own address, TLS, HTTP/2.
 
-use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +14,7 @@ use crate::local::LocalWorkload;
 use crate::pool::Connection;
 use crate::shared::Shared;
 use crate::socket::{self, DialError};
+use crate::tls::HandshakeFailure;
 use crate::tunnel;
 
 /// How long TLS and HTTP/2 may take once the socket is connected.
@@ -30,7 +30,7 @@ pub(crate) enum ConnectError {
     #[error("prepare TLS: {0}")]
     Config(#[from] rustls::Error),
     #[error("TLS to {0}: {1}")]
-    Tls(SocketAddr, #[source] io::Error),
+    Tls(SocketAddr, HandshakeFailure),
     #[error("HTTP/2 to {0}: {1}")]
     Http2(SocketAddr, #[source] h2::Error),
     #[error("TLS to {0}: not done in {HANDSHAKE_TIMEOUT:?}")]
@@ -95,7 +95,8 @@ where
         // No name is sent; the peer is known by its identity.
         let name = ServerName::IpAddress(address.ip().into());
         let connected = tls.connect(name, stream).await;
-        let stream = connected.map_err(|error| ConnectError::Tls(address, error))?;
+        let stream =
+            connected.map_err(|error| ConnectError::Tls(address, HandshakeFailure(error)))?;
         let opened = tunnel::connect(stream).await;
         opened.map_err(|error| ConnectError::Http2(address, error))
     };

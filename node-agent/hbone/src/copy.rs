@@ -231,6 +231,3 @@ impl Buffer {
         Poll::Pending
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,6 +1,5 @@
 //! 15008: HBONE towards the pods of this node.
 
-use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,7 +22,7 @@ use crate::metrics::Reporter;
 use crate::policy::{self, Denied};
 use crate::shared::{NotDiscovered, Shared};
 use crate::socket::{self, DialError};
-use crate::tls::{self, PeerError};
+use crate::tls::{self, HandshakeFailure, PeerError};
 use crate::tunnel::{self, ServerConnection};
 
 /// Ports of the proxy itself, which nobody may be connected to.
@@ -40,7 +39,7 @@ enum HandshakeError {
     #[error("there is no valid certificate of {0} yet")]
     NoCertificate(SpiffeId),
     #[error("TLS: {0}")]
-    Tls(#[source] io::Error),
+    Tls(HandshakeFailure),
     #[error("the client presented no certificate")]
     NoClientCertificate,
     #[error(transparent)]
@@ -166,15 +165,16 @@ async fn handshake<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
+    let failed = |error| HandshakeError::Tls(HandshakeFailure(error));
     let workload = workload.ok_or(HandshakeError::UnknownDestination)?;
     let start = LazyConfigAcceptor::new(Acceptor::default(), stream);
-    let start = start.await.map_err(HandshakeError::Tls)?;
+    let start = start.await.map_err(failed)?;
     // Names are not looked at: a pod's address says which certificate to present.
     let certificate = shared.certificates.get(&workload.identity);
     let certificate =
         certificate.ok_or_else(|| HandshakeError::NoCertificate(workload.identity.clone()))?;
     let stream = start.into_stream(certificate.server()).await;
-    let stream = stream.map_err(HandshakeError::Tls)?;
+    let stream = stream.map_err(failed)?;
     let presented = stream.get_ref().1.peer_certificates();
     let leaf = presented.and_then(<[_]>::first);
     let client = tls::identity_of(leaf.ok_or(HandshakeError::NoClientCertificate)?)?;

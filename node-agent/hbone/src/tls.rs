@@ -1,6 +1,7 @@
 //! TLS 1.3 between proxies: ALPN h2, no SNI, both sides present an identity.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -37,6 +38,24 @@ pub(crate) enum PeerError {
     #[error("the peer is {0}, expected is {1}")]
     Another(SpiffeId, SpiffeId),
 }
+
+/// A handshake that failed. It says in words what our own checks found.
+#[derive(Debug)]
+pub(crate) struct HandshakeFailure(pub(crate) io::Error);
+
+impl fmt::Display for HandshakeFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let cause = self.0.get_ref().and_then(|cause| cause.downcast_ref());
+        match cause {
+            Some(rustls::Error::InvalidCertificate(CertificateError::Other(found))) => {
+                write!(f, "invalid peer certificate: {}", found.0)
+            }
+            _ => self.0.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for HandshakeFailure {}
 
 /// The one identity that a certificate carries.
 ///
