@@ -1,0 +1,129 @@
+//! The program, running.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::process::{Child, Command};
+
+pub(crate) const CONTROLLER_PORT: u16 = 15012;
+pub(crate) const TOKEN: &str = "the-token";
+
+pub(crate) struct Program {
+    folder: TempDir,
+    child: std::cell::RefCell<Child>,
+    pid: Pid,
+}
+
+/// Runs a test in a network namespace of its own, with the program running in it.
+pub(crate) fn in_namespace(test: impl AsyncFnOnce(&Program) + Send + 'static) {
+    let thread = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET).expect("these tests need root");
+        let up = std::process::Command::new("ip")
+            .args(["link", "set", "lo", "up"])
+            .status();
+        assert!(up.unwrap().success());
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        runtime.unwrap().block_on(async {
+            let program = Program::start().await;
+            let limit = Duration::from_secs(30);
+            let done = tokio::time::timeout(limit, test(&program)).await;
+            assert!(
+                done.is_ok(),
+                "the test hangs; the program's log:\n{}",
+                program.log()
+            );
+        });
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+impl Program {
+    async fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        // As in the manifest, a projected token ends without a newline; an edited one does not.
+        std::fs::write(at("token"), format!("{TOKEN}\n")).unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_ambit-proxy"))
+            .arg(format!("--controller=https://localhost:{CONTROLLER_PORT}"))
+            .arg("--root-cert")
+            .arg(at("root-cert.pem"))
+            .arg("--token")
+            .arg(at("token"))
+            .arg("--agent-socket")
+            .arg(at("agent.sock"))
+            .args([
+                "--pod-name=proxy-1",
+                "--pod-uid=proxy-uid",
+                "--pod-ip=10.3.0.1",
+            ])
+            .args(["--node-name=node-1", "--drain-seconds=2"])
+            .stdout(File::create(at("log")).unwrap())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let pid = Pid::from_raw(child.id().unwrap().try_into().unwrap());
+        let program = Self {
+            folder,
+            child: child.into(),
+            pid,
+        };
+        while !program.listens(15000).await {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        program
+    }
+
+    /// Where its files are.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("log")).unwrap()
+    }
+
+    pub(crate) async fn listens(&self, port: u16) -> bool {
+        TcpStream::connect(("127.0.0.1", port)).await.is_ok()
+    }
+
+    /// The whole answer of an HTTP request.
+    pub(crate) async fn get(&self, port: u16, path: &str) -> String {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: proxy\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    pub(crate) async fn get_json(&self, port: u16, path: &str) -> serde_json::Value {
+        let answer = self.get(port, path).await;
+        let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+        serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {answer}"))
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill(self.pid, signal).unwrap();
+    }
+
+    pub(crate) async fn ended(&self) -> ExitStatus {
+        loop {
+            if let Some(status) = self.child.borrow_mut().try_wait().unwrap() {
+                return status;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
