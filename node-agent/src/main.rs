@@ -37,9 +37,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-#[global_allocator]
-static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
-
+// The allocator stays the system's: the ipset crate frees with it what libipset's side allocated with
+// malloc.
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(run::log_filter())

@@ -26,9 +26,12 @@ pub enum NotNetns {
     /// The kernel does not say what it is.
     #[error("ask what the descriptor is of")]
     Ask(#[source] io::Error),
-    /// It is something else.
-    #[error("the descriptor is not of a network namespace but of {0}")]
-    Other(String),
+    /// It is no namespace at all.
+    #[error("the descriptor is of a file and not of a network namespace")]
+    File,
+    /// It is a namespace of another kind, or one that cannot be entered.
+    #[error("enter what should be a network namespace")]
+    Enter(#[source] io::Error),
 }
 
 impl Netns {
@@ -49,16 +52,15 @@ impl Netns {
     /// # Errors
     /// If it is of something else.
     pub fn received(descriptor: OwnedFd) -> Result<Self, NotNetns> {
-        let path = format!("/proc/self/fd/{}", descriptor.as_raw_fd());
-        let target = fs::read_link(path).map_err(NotNetns::Ask)?;
         let system = fstatfs(&descriptor).map_err(|errno| NotNetns::Ask(errno.into()))?;
-        // The name alone could be that of a file, the file system alone that of another namespace.
-        let named = target.to_string_lossy().starts_with("net:[");
-        if named && system.filesystem_type() == NSFS_MAGIC {
-            Ok(Self::of(descriptor))
-        } else {
-            Err(NotNetns::Other(target.to_string_lossy().into_owned()))
+        // A process descriptor could be entered as well.
+        if system.filesystem_type() != NSFS_MAGIC {
+            return Err(NotNetns::File);
         }
+        let netns = Self::of(descriptor);
+        // The kernel refuses a namespace of another kind.
+        netns.run(|| ()).map_err(NotNetns::Enter)?;
+        Ok(netns)
     }
 
     /// The namespace of a file, for example `/run/netns/NAME`.
@@ -119,12 +121,14 @@ mod tests {
         let own = File::open("/proc/self/ns/net").unwrap();
         let received = Netns::received(own.into()).unwrap();
         assert_eq!(received.id().unwrap(), Netns::own().id().unwrap());
-        for other in ["/proc/self/ns/mnt", "/dev/null", "/"] {
-            let descriptor = File::open(other).unwrap();
-            assert!(matches!(
-                Netns::received(descriptor.into()),
-                Err(NotNetns::Other(_))
-            ));
-        }
+        let open = |path: &str| OwnedFd::from(File::open(path).unwrap());
+        assert!(matches!(
+            Netns::received(open("/dev/null")),
+            Err(NotNetns::File)
+        ));
+        assert!(matches!(
+            Netns::received(open("/proc/self/ns/mnt")),
+            Err(NotNetns::Enter(_))
+        ));
     }
 }

@@ -1,6 +1,7 @@
 //! The set of mesh pods' addresses, through libipset.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::{Mutex, PoisonError};
 
 use ipset::Session;
 use ipset::types::{HashIp, ListResult};
@@ -35,11 +36,15 @@ fn failed(action: &'static str) -> impl Fn(ipset::types::Error) -> IpSetError {
     }
 }
 
-fn within<T: Send>(
+/// libipset keeps its list of set types in the process, unguarded: one caller at a time.
+static LIBRARY: Mutex<()> = Mutex::new(());
+
+fn within<T: Send, E: Send>(
     netns: &Netns,
-    work: impl FnOnce() -> Result<T, IpSetError> + Send,
-) -> Result<T, IpSetError> {
-    netns.run(work).map_err(IpSetError::Enter)?
+    work: impl FnOnce() -> Result<T, E> + Send,
+) -> Result<Result<T, E>, IpSetError> {
+    let _alone = LIBRARY.lock().unwrap_or_else(PoisonError::into_inner);
+    netns.run(work).map_err(IpSetError::Enter)
 }
 
 fn session(name: &str) -> Session<HashIp> {
@@ -62,7 +67,7 @@ pub(super) fn observe(netns: &Netns) -> Result<Vec<Item>, IpSetError> {
             }
         }
         Ok(items)
-    })
+    })?
 }
 
 pub(super) fn create(netns: &Netns, name: &str) -> Result<(), IpSetError> {
@@ -71,13 +76,13 @@ pub(super) fn create(netns: &Netns, name: &str) -> Result<(), IpSetError> {
             .create(|builder| builder.with_ipv6(false)?.with_max_elem(SET_SIZE)?.build())
             .map(drop)
             .map_err(failed("create"))
-    })
+    })?
 }
 
 pub(super) fn destroy(netns: &Netns, name: &str) -> Result<(), IpSetError> {
     within(netns, || {
         session(name).destroy().map(drop).map_err(failed("destroy"))
-    })
+    })?
 }
 
 /// Adds (`true`) and removes (`false`) addresses, in one session; the index of the one that failed.
@@ -85,20 +90,19 @@ pub(super) fn change_members(
     netns: &Netns,
     changes: &[(Ipv4Addr, bool)],
 ) -> Result<(), (usize, IpSetError)> {
-    netns
-        .run(|| {
-            let mut session = session(SET);
-            for (index, (ip, add)) in changes.iter().enumerate() {
-                let changed = if *add {
-                    session.add(IpAddr::V4(*ip), &[])
-                } else {
-                    session.del(IpAddr::V4(*ip))
-                };
-                changed.map_err(|error| (index, member_error(*ip, *add, &error)))?;
-            }
-            Ok(())
-        })
-        .map_err(|error| (0, IpSetError::Enter(error)))?
+    let changed = within(netns, || {
+        let mut session = session(SET);
+        for (index, (ip, add)) in changes.iter().enumerate() {
+            let changed = if *add {
+                session.add(IpAddr::V4(*ip), &[])
+            } else {
+                session.del(IpAddr::V4(*ip))
+            };
+            changed.map_err(|error| (index, member_error(*ip, *add, &error)))?;
+        }
+        Ok(())
+    });
+    changed.map_err(|error| (0, error))?
 }
 
 fn member_error(ip: Ipv4Addr, add: bool, error: &ipset::types::Error) -> IpSetError {
