@@ -33,6 +33,7 @@ mod watch;
 #[cfg(test)]
 mod tests;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(run::log_filter())
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     match run::run(args::Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,

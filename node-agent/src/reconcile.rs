@@ -119,8 +119,16 @@ async fn wait(inputs: &mut Inputs, roster: &mut Roster, next: Instant) -> bool {
 }
 
 fn report(outcome: Outcome, outcomes: &watch::Sender<Option<Outcome>>) {
-    if let Some(failure) = &outcome.failure {
-        tracing::warn!(reason = failure.reason, "{}", failure.message);
+    let last = outcomes
+        .borrow()
+        .as_ref()
+        .and_then(|last| last.failure.clone());
+    match &outcome.failure {
+        Some(failure) if last.as_ref() != Some(failure) => {
+            tracing::warn!(reason = failure.reason, "{}", failure.message);
+        }
+        None if last.is_some() => tracing::info!("the kernel holds what it should again"),
+        _ => {}
     }
     outcomes.send_if_modified(|last| {
         let differs = last.as_ref() != Some(&outcome);

@@ -193,8 +193,9 @@ fn pending(outcome: &WorkloadOutcome, node: &Outcome) -> Option<WorkloadNote> {
         Progress::Waiting => Some(note(
             workload,
             reasons::WAITING_FOR_PROXY,
-            "the proxy prepares for it (it asks for a certificate)",
+            "the proxy has not answered yet",
         )),
+        Progress::Pending(why) => Some(note(workload, reasons::WAITING_FOR_PROXY, why.as_str())),
         Progress::Failed(why) => Some(note(workload, reasons::PROXY_FAILED, why.as_str())),
         Progress::Ready if !redirected => Some(note(
             workload,
@@ -307,7 +308,7 @@ fn listeners_ready(outcome: &Outcome) -> Statement {
         .iter()
         .filter_map(|(port, state)| match state {
             Progress::Failed(why) => Some(format!("port {port}: {why}")),
-            Progress::Waiting | Progress::Ready => None,
+            Progress::Waiting | Progress::Pending(_) | Progress::Ready => None,
         })
         .collect();
     if !failed.is_empty() {
@@ -320,7 +321,7 @@ fn listeners_ready(outcome: &Outcome) -> Statement {
     let waiting = outcome
         .listeners
         .iter()
-        .any(|(_, state)| *state == Progress::Waiting);
+        .any(|(_, state)| *state != Progress::Ready);
     if waiting || outcome.listeners.is_empty() {
         return Statement::fails(
             kind,
@@ -545,6 +546,10 @@ pub(crate) mod tests {
         let status = status_of(&outcome);
         assert_eq!(status.pending[0].reason, reasons::PROXY_FAILED);
         assert_eq!(status.pending[0].message, "no certificate: denied");
+        outcome.workloads[0].progress = Progress::Pending("asks for a certificate".to_owned());
+        let waiting = &status_of(&outcome).pending[0];
+        assert_eq!(waiting.reason, reasons::WAITING_FOR_PROXY);
+        assert_eq!(waiting.message, "asks for a certificate");
         assert_eq!(
             condition(&status, conditions::WORKLOADS_READY).1,
             "WorkloadsPending"

@@ -53,6 +53,8 @@ pub(crate) struct Session {
 pub(crate) enum Progress {
     /// It has not said anything yet.
     Waiting,
+    /// It is at it; what it waits for.
+    Pending(String),
     /// It is done.
     Ready,
     /// It cannot; why.
@@ -143,7 +145,8 @@ impl Session {
             Some(workload) if workload.state() == WorkloadState::Failed => {
                 Progress::Failed(workload.message.clone())
             }
-            _ => Progress::Waiting,
+            Some(workload) => Progress::Pending(workload.message.clone()),
+            None => Progress::Waiting,
         }
     }
 

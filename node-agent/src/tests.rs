@@ -375,6 +375,26 @@ async fn marks_that_others_use_are_a_conflict_and_nothing_is_begun() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_full_set_is_named_and_those_who_fit_are_enrolled() {
+    let bed = Bed::new(IptablesBackend::Nft);
+    bed.run(
+        "host",
+        "ipset create ztunnel-pods-ips hash:ip maxelem 1 hashsize 64",
+    );
+    let mut agent = Agent::start(&bed, 1_000).await;
+    agent.want(veth(2));
+    let _peer = Peer::connect(&agent.socket, &bed, "proxy").await;
+    agent.until(conditions::REDIRECTION_READY, "SetFull").await;
+    assert!(is_member(&bed, 0) && !is_member(&bed, 1));
+    let outcome = agent.outcomes.borrow().clone().unwrap();
+    let status = report(&outcome, &[], Timestamp::UNIX_EPOCH);
+    assert_eq!(
+        (status.enrolled, status.pending[0].uid.as_str()),
+        (1, "pod-1")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn cleanup_and_the_deletion_of_the_object_leave_the_host_as_it_was() {
     for by_deletion in [true, false] {
         let bed = Bed::new(IptablesBackend::Nft);
