@@ -73,19 +73,24 @@ impl Plan {
 /// the proxy:
 /// 1. Pods that leave the mesh lose their set membership.
 /// 2. Without a proxy to send to, the routes to it go, so that the unreachable ones below them count.
-/// 3. Devices, the proxy's side, unreachable routes, rules and chains are made; only then the routes
+/// 3. Devices of the proxy's side that stand in the way of others go.
+/// 4. Devices, the proxy's side, unreachable routes, rules and chains are made; only then the routes
 ///    to the proxy (its own dials must be told apart by then), and last the members of the set.
-/// 4. What is left over goes in the opposite order.
+/// 5. What is left over goes in the opposite order.
 #[must_use]
 pub fn plan(desired: &Datapath, observed: &Datapath) -> Plan {
     let mut steps = Vec::new();
     let mut left = observed.clone();
     let leaves = |item: &Item| matches!(item, Item::Member(_));
-    remove_early(leaves, desired, &mut left, &mut steps);
+    remove_early(Place::Host, leaves, desired, &mut left, &mut steps);
     if !desired.host.iter().any(is_outbound) {
-        remove_early(is_to_proxy, desired, &mut left, &mut steps);
+        remove_early(Place::Host, is_to_proxy, desired, &mut left, &mut steps);
     }
-    let observed = without_lost(desired, &left);
+    let mut observed = without_lost(desired, &left);
+    // The proxy's end of a veth pair is made with the host's, and needs its name to be free.
+    let in_the_way =
+        |item: &Item| is_link(item) && !desired.proxy.iter().any(|new| new.replaces(item));
+    remove_early(Place::Proxy, in_the_way, desired, &mut observed, &mut steps);
     // The host's links come before the proxy's side: one end of a veth pair makes the other.
     additions(Place::Host, desired, &observed, is_link, &mut steps);
     additions(Place::Proxy, desired, &observed, |_| true, &mut steps);
@@ -103,16 +108,21 @@ pub fn plan(desired: &Datapath, observed: &Datapath) -> Plan {
 }
 
 fn remove_early(
+    place: Place,
     which: impl Fn(&Item) -> bool,
     desired: &Datapath,
     left: &mut Datapath,
     steps: &mut Vec<Step>,
 ) {
-    let gone: Vec<Item> = left.host.difference(&desired.host).cloned().collect();
+    let gone: Vec<Item> = left
+        .side(place)
+        .difference(desired.side(place))
+        .cloned()
+        .collect();
     for item in gone.into_iter().filter(which) {
-        left.host.remove(&item);
+        left.side_mut(place).remove(&item);
         steps.push(Step {
-            place: Place::Host,
+            place,
             change: Change::Remove(item),
         });
     }
