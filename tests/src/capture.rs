@@ -32,7 +32,17 @@ impl Capture {
         let link = setting("AMBIT_NODE_LINK")?;
         let file = std::env::temp_dir().join(format!("ambit-{}-{name}.pcap", std::process::id()));
         let tcpdump = Command::new("tcpdump")
-            .args(["-i", &link, "--immediate-mode", "-U", "-s", "0", "-Z", "root", "-w"])
+            .args([
+                "-i",
+                &link,
+                "--immediate-mode",
+                "-U",
+                "-s",
+                "0",
+                "-Z",
+                "root",
+                "-w",
+            ])
             .arg(&file)
             .arg(filter)
             .stderr(Stdio::null())

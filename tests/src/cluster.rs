@@ -143,7 +143,7 @@ impl Cluster {
                     .find(|node| node["metadata"]["name"] == pod["spec"]["nodeName"])
                     .with_context(|| format!("no AmbientNode of {}", pod["spec"]["nodeName"]))?;
                 if !enrolled(node, &pod["metadata"]["uid"]) {
-                    bail!("{}: {:#}", pod["metadata"]["name"], node["status"]);
+                    bail!("{}: {}", pod["metadata"]["name"], summary(node));
                 }
             }
             Ok(())
@@ -326,6 +326,33 @@ fn enrolled(node: &Value, uid: &Value) -> bool {
     node["status"]["observedGeneration"] == node["metadata"]["generation"]
         && has(&node["spec"]["workloads"])
         && !has(&node["status"]["pending"])
+}
+
+/// What an AmbientNode says, in short.
+fn summary(node: &Value) -> String {
+    let status = &node["status"];
+    let conditions = status["conditions"].as_array().into_iter().flatten();
+    let wrong: Vec<String> = conditions
+        .filter(|condition| condition["status"] != "True")
+        .map(|condition| {
+            let field = |name: &str| condition[name].as_str().unwrap_or_default();
+            format!(
+                "{}={}: {}",
+                field("type"),
+                field("reason"),
+                field("message")
+            )
+        })
+        .collect();
+    format!(
+        "generation {} observed {}, {} workloads, {} enrolled, pending {}; {}",
+        node["metadata"]["generation"],
+        status["observedGeneration"],
+        node["spec"]["workloads"].as_array().map_or(0, Vec::len),
+        status["enrolled"],
+        status["pending"],
+        wrong.join("; ")
+    )
 }
 
 /// A setting that the script that runs these tests makes.

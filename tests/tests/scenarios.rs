@@ -2,7 +2,6 @@
 //! server see. Number 19 is in `withdraw.rs`, number 20 in `crash.rs`.
 
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use mesh_tests::cluster::setting;
@@ -119,10 +118,8 @@ fn s05_a_mesh_pod_reaches_a_process_of_its_node_at_the_pod_side_address() -> Res
     let host = status["hostIP"].as_str().context("status.hostIP")?;
     let (peer, ways) = ways(|| stage.mesh("client").send(&format!("{host}:19000")))?;
     assert_eq!(peer, stage.client);
-    assert_eq!(
-        ways,
-        ["node-1 out stage-mesh/client -> unknown/unknown plain"]
-    );
+    // The kernel looks at the table of its own addresses before any rule of ours.
+    assert_eq!(ways, [""; 0]);
     Ok(())
 }
 
@@ -271,10 +268,7 @@ fn s15_a_mesh_pod_reaches_a_process_of_its_node_at_the_nodes_own_address() -> Re
             .send(&format!("{}:19000", stage.node_1))
     })?;
     assert_eq!(peer, stage.client);
-    assert_eq!(
-        ways,
-        ["node-1 out stage-mesh/client -> unknown/unknown plain"]
-    );
+    assert_eq!(ways, [""; 0]);
     Ok(())
 }
 
@@ -317,20 +311,14 @@ fn s17_a_pod_outside_the_mesh_reaches_the_api_server_directly() -> Result<()> {
 fn s18_a_cluster_ip_without_endpoints_is_refused_at_once() -> Result<()> {
     let stage = stage()?;
     let to = format!("{}:9000", service_ip("nobody")?);
-    let start = Instant::now();
-    let (seen, ways) = ways(|| stage.mesh("client").attempt(&["send", "--to", &to], ""))?;
-    assert!(seen["error"].is_string(), "{seen}");
-    ensure!(
-        start.elapsed() < Duration::from_secs(3),
-        "after {:?}: {seen}",
-        start.elapsed()
-    );
-    assert_eq!(
-        ways,
-        [
-            "node-1 out stage-mesh/client -> unknown/unknown via nobody.stage-mesh.svc.cluster.local failed CONNECT"
-        ]
-    );
+    let seen = stage
+        .mesh("client")
+        .attempt(&["connect", "--to", &to], "")?;
+    // By the node's own filter, which kube-proxy fills and which mesh traffic passes too.
+    let error = seen["error"].as_str().context("it was not refused")?;
+    ensure!(error.contains("Connection refused"), "{seen}");
+    let took = seen["ms"].as_u64().context("ms")?;
+    ensure!(took < 1000, "{seen}");
     Ok(())
 }
 
