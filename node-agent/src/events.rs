@@ -5,7 +5,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::Resource;
 use kube::runtime::events::{Event, EventType, Recorder};
 
-use crate::failure::chain;
+use crate::failure::root;
 
 /// Longest note that the API server takes, in bytes.
 const LONGEST_NOTE: usize = 1024;
@@ -91,7 +91,7 @@ pub(crate) async fn publish(recorder: &Recorder, object: &AmbientNode, news: New
         tracing::warn!(
             reason = news.reason,
             "publish an Event: {} (needs create and patch on events.events.k8s.io in namespace default)",
-            chain(&error)
+            root(&error)
         );
     }
 }

@@ -141,6 +141,15 @@ pub(crate) fn chain(error: &dyn Error) -> String {
     text
 }
 
+/// The innermost cause of an error. Those of kube repeat it at every layer.
+pub(crate) fn root(error: &dyn Error) -> String {
+    let mut innermost = error;
+    while let Some(cause) = innermost.source() {
+        innermost = cause;
+    }
+    innermost.to_string()
+}
+
 #[cfg(test)]
 mod tests {
     use datapath::Place;

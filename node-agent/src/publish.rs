@@ -12,7 +12,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::events::{self, News};
-use crate::failure::chain;
+use crate::failure::root;
 use crate::report::{Outcome, report, same};
 use crate::watch::Known;
 
@@ -74,7 +74,7 @@ pub(crate) async fn publish(
         if !is_written && let Err(error) = write(&objects, &object, &status).await {
             tracing::warn!(
                 "write the AmbientNode's status: {} (needs patch on ambientnodes/status.ambit.mesh)",
-                chain(&error)
+                root(&error)
             );
             retry = Some(retry.map_or(FIRST_RETRY, |last| (last * 2).min(LAST_RETRY)));
             continue;

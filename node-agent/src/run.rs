@@ -26,8 +26,9 @@ const SESSION_QUEUE: usize = 64;
 
 /// What is logged: `RUST_LOG`, or what matters to people.
 pub(crate) fn log_filter() -> EnvFilter {
-    EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| EnvFilter::new("info,kube=warn,netlink_proto=error"))
+    EnvFilter::try_from_default_env().unwrap_or_else(|_| {
+        EnvFilter::new("info,kube_client=error,kube_runtime=error,netlink_proto=error")
+    })
 }
 
 /// Runs the agent, or what it is told to do instead.

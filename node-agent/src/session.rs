@@ -119,7 +119,7 @@ async fn talk(
     events: &mpsc::Sender<SessionEvent>,
 ) {
     let (tell, told) = watch::channel(None);
-    let admitted = match admit(&stream, doorman).await {
+    let admitted = match admit(&stream, doorman, events).await {
         Ok((identity, netns)) => Session::new(id, identity, netns, tell),
         Err(error) => {
             let why = chain(&error);
@@ -148,6 +148,7 @@ async fn talk(
 async fn admit(
     stream: &UnixStream,
     doorman: &Doorman,
+    events: &mpsc::Sender<SessionEvent>,
 ) -> Result<(crate::roster::Identity, datapath::netns::Netns), SessionError> {
     // The peer's process id is that of another pid namespace and says nothing here.
     let user = stream.peer_cred().map_err(SessionError::Peer)?.uid();
@@ -157,7 +158,13 @@ async fn admit(
     let (hello, descriptor) = tokio::time::timeout(HELLO_TIMEOUT, hello::receive(stream))
         .await
         .map_err(|_| SessionError::Silent)??;
-    Ok(doorman.admit(hello, descriptor).await?)
+    let waiting = |unanswered| {
+        let why = chain(&unanswered);
+        tracing::warn!(why, "a peer cannot be checked yet");
+        // It is said again if the queue is full now.
+        let _ = events.try_send(SessionEvent::Rejected(why));
+    };
+    Ok(doorman.admit(hello, descriptor, waiting).await?)
 }
 
 async fn converse(

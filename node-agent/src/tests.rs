@@ -321,6 +321,11 @@ async fn a_peer_that_is_not_the_nodes_proxy_is_turned_away_with_the_reason() {
             "has address 10.244.1.4, the pod has 10.244.1.3",
         ),
         ("a", "stranger", "there is no pod ambit-system/stranger"),
+        (
+            "a",
+            "hidden",
+            "ask for pod ambit-system/hidden: pods is forbidden",
+        ),
     ] {
         let _peer = Peer::connect_as(&agent.socket, &bed.netns(namespace), pod).await;
         let told = tokio::time::timeout(

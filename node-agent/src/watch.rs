@@ -9,6 +9,8 @@ use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, ResourceExt};
 use tokio::sync::watch;
 
+use crate::failure::root;
+
 /// What is known about the AmbientNode.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) enum Known {
@@ -61,8 +63,8 @@ pub(crate) async fn watch(client: Client, node: String, known: watch::Sender<Kno
             }
             Ok(None) => return,
             Err(error) => tracing::warn!(
-                "watch AmbientNode {node}: {:#} (needs get, list and watch on ambientnodes.ambit.mesh; config/rbac gives them)",
-                anyhow::Error::from(error)
+                "watch AmbientNode {node}: {} (needs list and watch on ambientnodes.ambit.mesh; config/rbac gives them)",
+                root(&error)
             ),
         }
     }

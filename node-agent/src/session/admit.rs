@@ -12,14 +12,17 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client};
 use protocol::node::Hello;
 
-use crate::failure::chain;
+use crate::failure::root;
 use crate::roster::Identity;
 
 /// How long the API server may take to learn the address of a pod that has just started.
 const ADDRESS_PATIENCE: Duration = Duration::from_secs(20);
 
-/// Time between two questions about a pod.
+/// Time between two questions about a pod; doubled with each that the API server does not answer.
 const RETRY: Duration = Duration::from_millis(250);
+
+/// The longest time between two questions.
+const LAST_RETRY: Duration = Duration::from_secs(8);
 
 /// Who is let in.
 pub(crate) struct Doorman {
@@ -70,6 +73,18 @@ pub(crate) enum Rejection {
         /// What is wrong with it.
         problem: String,
     },
+    /// The API server does not say.
+    #[error(
+        "ask for pod {namespace}/{name}: {cause} (needs get on pods in {namespace}; config/rbac gives it)"
+    )]
+    Unanswered {
+        /// Where it should be.
+        namespace: String,
+        /// Its name.
+        name: String,
+        /// What was said instead.
+        cause: String,
+    },
     /// The namespace cannot be redirected to.
     #[error("pod {0}")]
     Namespaces(String, #[source] AttachError),
@@ -88,11 +103,13 @@ pub(crate) enum Rejection {
 }
 
 impl Doorman {
-    /// Checks a hello. Waits while the API server is away: what stands in the kernel stays meanwhile.
+    /// Checks a hello. Waits while the API server does not answer, and says so: what stands in the
+    /// kernel stays meanwhile.
     pub(crate) async fn admit(
         &self,
         hello: Hello,
         descriptor: OwnedFd,
+        waiting: impl Fn(Rejection) + Send,
     ) -> Result<(Identity, Netns), Rejection> {
         let name = &hello.pod_name;
         let netns = Netns::received(descriptor)?;
@@ -100,7 +117,7 @@ impl Doorman {
         if theirs.map_err(Rejection::Namespace)? == ours.map_err(Rejection::Namespace)? {
             return Err(Rejection::HostNetwork(name.clone()));
         }
-        let addresses = self.addresses(&hello).await?;
+        let addresses = self.addresses(&hello, waiting).await?;
         let found = attachment::find(&self.host, &netns, &self.sysctl_root)
             .await
             .map_err(|error| Rejection::Namespaces(name.clone(), error))?;
@@ -121,9 +138,15 @@ impl Doorman {
     }
 
     /// Addresses of the pod that says hello, if it is a proxy of this node.
-    async fn addresses(&self, hello: &Hello) -> Result<Vec<IpAddr>, Rejection> {
-        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.expected.namespace);
+    async fn addresses(
+        &self,
+        hello: &Hello,
+        waiting: impl Fn(Rejection) + Send,
+    ) -> Result<Vec<IpAddr>, Rejection> {
+        let namespace = &self.expected.namespace;
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
         let started = tokio::time::Instant::now();
+        let mut retry = RETRY;
         loop {
             match pods.get_opt(&hello.pod_name).await {
                 Ok(pod) => {
@@ -134,15 +157,18 @@ impl Doorman {
                     if started.elapsed() > ADDRESS_PATIENCE {
                         return Err(wrong(hello, "has no address".to_owned()));
                     }
+                    retry = RETRY;
                 }
-                Err(error) => tracing::warn!(
-                    pod = hello.pod_name,
-                    "ask for the proxy's pod: {} (needs get on pods in {}; config/rbac gives it)",
-                    chain(&error),
-                    self.expected.namespace
-                ),
+                Err(error) => {
+                    waiting(Rejection::Unanswered {
+                        namespace: namespace.clone(),
+                        name: hello.pod_name.clone(),
+                        cause: root(&error),
+                    });
+                    retry = (retry * 2).min(LAST_RETRY);
+                }
             }
-            tokio::time::sleep(RETRY).await;
+            tokio::time::sleep(retry).await;
         }
     }
 }

@@ -220,6 +220,10 @@ async fn pod(axum::extract::Path(name): axum::extract::Path<String>) -> Response
     let ip = match name.as_str() {
         "proxy" => PROXY,
         "next" => NEXT_PROXY,
+        "hidden" => {
+            let status = json!({"kind": "Status", "status": "Failure", "reason": "Forbidden", "code": 403, "message": "pods is forbidden"});
+            return answer(StatusCode::FORBIDDEN, &status);
+        }
         _ => {
             let status =
                 json!({"kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404});
