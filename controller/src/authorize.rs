@@ -88,3 +88,79 @@ pub(crate) fn authorize(
     }
     Ok(Permit { identity })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Cluster, n, pod, rules, set_pod};
+
+    fn caller(node: &str) -> Caller {
+        Caller {
+            pod_name: "proxy-x".to_owned(),
+            pod_uid: "uid-proxy".into(),
+            node: n(node),
+        }
+    }
+
+    fn ask(cluster: &Cluster, node: &str, identity: &str) -> Result<String, &'static str> {
+        authorize(
+            &cluster.snapshot,
+            &rules(),
+            "example.org",
+            &caller(node),
+            identity.parse().unwrap(),
+        )
+        .map(|permit| permit.identity().to_string())
+        .map_err(|refusal| refusal.reason())
+    }
+
+    const WEB: &str = "spiffe://example.org/ns/shop/sa/web";
+
+    #[test]
+    fn an_enrolled_pods_identity_is_for_its_own_node_only() {
+        let cluster = Cluster::with([set_pod(pod("a", "10.0.0.1"))]);
+        assert_eq!(ask(&cluster, "n1", WEB), Ok(WEB.to_owned()));
+        assert_eq!(ask(&cluster, "n2", WEB), Err("NoSuchPod"));
+    }
+
+    #[test]
+    fn a_pod_outside_the_mesh_gives_no_identity() {
+        let mut host = pod("a", "10.0.0.1");
+        host.host_network = true;
+        let cluster = Cluster::with([set_pod(host)]);
+        assert_eq!(ask(&cluster, "n1", WEB), Err("NoSuchPod"));
+    }
+
+    #[test]
+    fn another_account_namespace_or_domain_is_refused() {
+        let cluster = Cluster::with([set_pod(pod("a", "10.0.0.1"))]);
+        for (identity, reason) in [
+            ("spiffe://example.org/ns/shop/sa/db", "NoSuchPod"),
+            ("spiffe://example.org/ns/plain/sa/web", "NoSuchPod"),
+            ("spiffe://evil.org/ns/shop/sa/web", "TrustDomain"),
+        ] {
+            assert_eq!(ask(&cluster, "n1", identity), Err(reason), "{identity}");
+        }
+    }
+
+    #[test]
+    fn a_terminating_pod_keeps_its_identity_and_one_that_is_gone_does_not() {
+        let mut leaving = pod("a", "10.0.0.1");
+        leaving.terminating = true;
+        let uid = leaving.uid.clone();
+        let mut cluster = Cluster::with([set_pod(leaving)]);
+        assert!(ask(&cluster, "n1", WEB).is_ok());
+        cluster.apply(crate::snapshot::Update::Pod(
+            crate::snapshot::Change::Remove(uid),
+        ));
+        assert_eq!(ask(&cluster, "n1", WEB), Err("NoSuchPod"));
+    }
+
+    #[test]
+    fn a_proxy_whose_token_names_another_node_than_its_pod_is_refused() {
+        let mut proxy = pod("proxy", "10.0.0.8");
+        proxy.node = Some(n("n2"));
+        let cluster = Cluster::with([set_pod(pod("a", "10.0.0.1")), set_pod(proxy)]);
+        assert_eq!(ask(&cluster, "n1", WEB), Err("Moved"));
+    }
+}

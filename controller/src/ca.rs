@@ -353,3 +353,6 @@ fn time(seconds: i64) -> SystemTime {
 fn timestamp(time: SystemTime) -> String {
     jiff::Timestamp::try_from(time).map_or_else(|_| "?".to_owned(), |time| time.to_string())
 }
+
+#[cfg(test)]
+mod tests;

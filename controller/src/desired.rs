@@ -63,3 +63,46 @@ fn note(exclusion: &Exclusion, rules: &Rules, pod: &Pod) -> crds::WorkloadNote {
         message: exclusion.message(rules),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Cluster, n, pod, rules, set_pod};
+
+    #[test]
+    fn a_node_has_its_own_pods_by_name() {
+        let mut elsewhere = pod("c", "10.0.0.3");
+        elsewhere.node = Some(n("n2"));
+        let pods = [pod("b", "10.0.0.2"), pod("a", "10.0.0.1"), elsewhere];
+        let cluster = Cluster::with(pods.map(set_pod));
+        let state = node_state(&cluster.snapshot, &rules(), &n("n1"));
+        let names: Vec<&str> = state
+            .workloads
+            .iter()
+            .map(|one| one.name.as_str())
+            .collect();
+        assert_eq!(names, ["a", "b"]);
+        assert_eq!(state.workloads[0].ips, ["10.0.0.1"]);
+        assert_eq!(state.workloads[0].service_account, "web");
+        assert!(state.excluded.is_empty());
+    }
+
+    #[test]
+    fn ended_pods_are_the_first_to_be_left_out_of_a_long_list() {
+        let ended = (0..MAX_EXCLUDED).map(|i| {
+            let mut pod = pod(&format!("job-{i:03}"), "");
+            pod.terminal = true;
+            pod
+        });
+        let mut host = pod("zz", "10.0.0.9");
+        host.host_network = true;
+        let cluster = Cluster::with(ended.chain([host]).map(set_pod));
+        let state = node_state(&cluster.snapshot, &rules(), &n("n1"));
+        assert_eq!(state.excluded.len(), MAX_EXCLUDED);
+        let last = state.excluded.last().unwrap();
+        assert_eq!(
+            (last.name.as_str(), last.reason.as_str()),
+            ("zz", "HostNetwork")
+        );
+    }
+}

@@ -243,3 +243,6 @@ impl std::fmt::Display for Version {
         write!(f, "{:016x}", self.0)
     }
 }
+
+#[cfg(test)]
+mod tests;

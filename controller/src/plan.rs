@@ -51,3 +51,66 @@ pub(crate) fn plan(
         state,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::desired::node_state;
+    use crate::testing::{Cluster, n, node, pod, rules, set_pod};
+
+    fn state() -> NodeState {
+        let cluster = Cluster::with([set_pod(pod("a", "10.0.0.1"))]);
+        node_state(&cluster.snapshot, &rules(), &n("n1"))
+    }
+
+    fn written(state: &NodeState) -> WrittenNode {
+        WrittenNode {
+            name: n("n1"),
+            owner: Some(node("n1").uid),
+            deleting: false,
+            workloads: state.workloads.clone(),
+            excluded: state.excluded.clone(),
+        }
+    }
+
+    #[test]
+    fn a_missing_object_is_made() {
+        let change = plan(Some(&node("n1")), state(), None);
+        assert!(matches!(change, Some(NodeChange::Create { .. })));
+    }
+
+    #[test]
+    fn what_is_as_it_should_be_is_not_written() {
+        assert_eq!(
+            plan(Some(&node("n1")), state(), Some(&written(&state()))),
+            None
+        );
+    }
+
+    #[test]
+    fn other_workloads_or_another_owner_are_written_over() {
+        let mut other = written(&state());
+        other.workloads.clear();
+        let mut orphan = written(&state());
+        orphan.owner = Some("uid-of-an-older-node".into());
+        for written in [other, orphan] {
+            let change = plan(Some(&node("n1")), state(), Some(&written));
+            assert!(matches!(change, Some(NodeChange::Apply { .. })));
+        }
+    }
+
+    #[test]
+    fn an_object_on_its_way_out_is_left_alone() {
+        let mut leaving = written(&NodeState::default());
+        leaving.deleting = true;
+        assert_eq!(plan(Some(&node("n1")), state(), Some(&leaving)), None);
+    }
+
+    #[test]
+    fn a_node_that_is_gone_or_not_linux_has_none() {
+        assert_eq!(plan(None, NodeState::default(), None), None);
+        let mut windows = node("n1");
+        windows.linux = false;
+        assert_eq!(plan(Some(&windows), NodeState::default(), None), None);
+    }
+}

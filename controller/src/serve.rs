@@ -214,3 +214,6 @@ fn certified(
         .map_err(ServingCertificateError::Key)?;
     Ok((key, identity.renew_at))
 }
+
+#[cfg(test)]
+mod tests;

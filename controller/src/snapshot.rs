@@ -135,6 +135,21 @@ impl ClusterSnapshot {
         self.written.get(name)
     }
 
+    /// Everything, as first lists would bring it.
+    #[cfg(test)]
+    pub(crate) fn lists(&self) -> Vec<Update> {
+        fn all<K: Ord + Clone, T: Clone>(map: &OrdMap<K, Arc<T>>) -> Vec<T> {
+            map.values().map(|object| (**object).clone()).collect()
+        }
+        vec![
+            Update::Node(Change::Replace(all(&self.nodes))),
+            Update::Namespace(Change::Replace(all(&self.namespaces))),
+            Update::Slice(Change::Replace(all(&self.slices))),
+            Update::Service(Change::Replace(all(&self.services))),
+            Update::Pod(Change::Replace(all(&self.pods))),
+        ]
+    }
+
     /// The pod, and whoever claims one of its addresses or gets traffic by it.
     fn touch_pod(&self, pod: &Pod, touched: &mut Touched) {
         touched.pod(pod);

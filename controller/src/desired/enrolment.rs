@@ -133,3 +133,119 @@ impl Exclusion {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use jiff::{SignedDuration, Timestamp};
+
+    use super::*;
+    use crate::snapshot::{Change, Update};
+    use crate::testing::{Cluster, ip, namespace, pod, rules, set_pod};
+
+    /// Decides about the first of the pods in a cluster of all of them.
+    fn decide(pods: &[Pod]) -> Enrolment {
+        let cluster = Cluster::with(pods.iter().cloned().map(set_pod));
+        enrolment(&cluster.snapshot, &rules(), &pods[0])
+    }
+
+    fn why_not(change: impl Fn(&mut Pod)) -> Exclusion {
+        let mut pod = pod("a", "10.0.0.1");
+        change(&mut pod);
+        match decide(&[pod]) {
+            Enrolment::Excluded(exclusion) => exclusion,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn at(seconds: i64) -> Option<Timestamp> {
+        Some(Timestamp::UNIX_EPOCH + SignedDuration::from_secs(seconds))
+    }
+
+    #[test]
+    fn a_pod_of_a_labelled_namespace_is_in() {
+        assert_eq!(decide(&[pod("a", "10.0.0.1")]), Enrolment::Enrolled);
+    }
+
+    #[test]
+    fn a_pod_of_another_namespace_is_in_only_if_labelled_itself() {
+        let mut pod = pod("a", "10.0.0.1");
+        pod.key = PodKey::new("plain", "a");
+        assert_eq!(decide(&[pod.clone()]), Enrolment::NotAsked);
+        pod.mode = Some("out".into());
+        assert_eq!(decide(&[pod.clone()]), Enrolment::NotAsked);
+        pod.mode = Some("in".into());
+        assert_eq!(decide(&[pod]), Enrolment::Enrolled);
+    }
+
+    #[test]
+    fn every_exclusion_has_its_reason() {
+        let reasons = [
+            why_not(|pod| pod.mode = Some("out".into())),
+            why_not(|pod| pod.host_network = true),
+            why_not(|pod| pod.terminal = true),
+            why_not(|pod| pod.sidecar = Some("istio-proxy")),
+            why_not(|pod| pod.ips.clear()),
+        ]
+        .map(|exclusion| exclusion.reason());
+        assert_eq!(
+            reasons,
+            [
+                "OptedOut",
+                "HostNetwork",
+                "Completed",
+                "Sidecar",
+                "NoAddress"
+            ]
+        );
+    }
+
+    #[test]
+    fn the_programs_of_the_mesh_stay_out_of_it() {
+        let mut pod = pod("a", "10.0.0.1");
+        pod.key = PodKey::new("ambit-system", "a");
+        let mut cluster = Cluster::with([set_pod(pod.clone())]);
+        let labelled = namespace("ambit-system", Some("in"));
+        cluster.apply(Update::Namespace(Change::Set(labelled)));
+        assert_eq!(
+            enrolment(&cluster.snapshot, &rules(), &pod),
+            Enrolment::Excluded(Exclusion::SystemNamespace)
+        );
+    }
+
+    #[test]
+    fn a_terminating_pod_stays_in() {
+        let mut pod = pod("a", "10.0.0.1");
+        pod.terminating = true;
+        pod.ready = false;
+        assert_eq!(decide(&[pod]), Enrolment::Enrolled);
+    }
+
+    #[test]
+    fn of_two_pods_with_one_address_the_newer_has_it() {
+        let (mut old, mut new) = (pod("z", "10.0.0.1"), pod("a", "10.0.0.1"));
+        (old.created, new.created) = (at(1), at(2));
+        assert_eq!(decide(&[new.clone(), old.clone()]), Enrolment::Enrolled);
+        let conflict = Exclusion::AddressConflict {
+            address: ip("10.0.0.1"),
+            holder: new.key.clone(),
+        };
+        assert!(conflict.message(&rules()).contains("shop/a"));
+        assert_eq!(decide(&[old, new]), Enrolment::Excluded(conflict));
+    }
+
+    #[test]
+    fn a_pod_that_has_ended_does_not_keep_its_address_from_an_older_one() {
+        let (mut old, mut ended) = (pod("old", "10.0.0.1"), pod("ended", "10.0.0.1"));
+        (old.created, ended.created) = (at(1), at(2));
+        ended.terminal = true;
+        assert_eq!(decide(&[old, ended]), Enrolment::Enrolled);
+    }
+
+    #[test]
+    fn pods_on_the_hosts_network_claim_no_address() {
+        let (one, mut host) = (pod("a", "10.0.0.1"), pod("h", "10.0.0.1"));
+        host.host_network = true;
+        host.created = at(9);
+        assert_eq!(decide(&[one, host]), Enrolment::Enrolled);
+    }
+}

@@ -406,3 +406,6 @@ impl ResourceType {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

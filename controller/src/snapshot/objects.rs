@@ -209,3 +209,89 @@ pub(super) fn label<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {
     let labels: &BTreeMap<String, String> = meta.labels.as_ref()?;
     labels.get(key).map(String::as_str)
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn pod(change: impl Fn(&mut Value)) -> Pod {
+        let mut object = json!({
+            "metadata": {
+                "name": "web-1", "namespace": "shop", "uid": "u1",
+                "creationTimestamp": "2026-01-02T03:04:05Z",
+                "labels": {"app": "web", "version": "v2", "mesh": "in"},
+            },
+            "spec": {
+                "nodeName": "n1", "serviceAccountName": "web",
+                "containers": [{"name": "web"}],
+            },
+            "status": {
+                "phase": "Running", "podIP": "10.0.0.1",
+                "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}],
+                "conditions": [{"type": "Ready", "status": "True"}],
+            },
+        });
+        change(&mut object);
+        Pod::parse(&serde_json::from_value(object).unwrap(), "mesh").unwrap()
+    }
+
+    #[test]
+    fn a_pod_is_read_with_all_its_addresses() {
+        let pod = pod(|_| {});
+        assert_eq!(pod.uid, "u1".into());
+        assert_eq!(pod.node, Some("n1".into()));
+        let ips: Vec<String> = pod.ips.iter().map(ToString::to_string).collect();
+        assert_eq!(ips, ["10.0.0.1", "fd00::1"]);
+        assert!(pod.ready && !pod.terminal && !pod.terminating && !pod.host_network);
+        assert_eq!(pod.mode.as_deref(), Some("in"));
+        assert_eq!(&*pod.canonical_name, "web");
+        assert_eq!(&*pod.canonical_revision, "v2");
+    }
+
+    #[test]
+    fn a_pod_that_was_just_made_is_read_too() {
+        let pod = pod(|object| {
+            object["status"] = json!({});
+            object["spec"] = json!({"containers": []});
+            object["metadata"]["labels"] = json!({});
+        });
+        assert!(pod.ips.is_empty() && pod.node.is_none() && !pod.ready);
+        assert_eq!(&*pod.service_account, "default");
+        assert_eq!(&*pod.canonical_name, "web-1");
+        assert_eq!(&*pod.canonical_revision, "latest");
+    }
+
+    #[test]
+    fn a_sidecar_is_seen_among_containers_and_init_containers() {
+        assert_eq!(pod(|_| {}).sidecar, None);
+        for place in ["containers", "initContainers"] {
+            let pod = pod(|object| {
+                object["spec"][place] = json!([{"name": "x"}, {"name": "istio-proxy"}]);
+            });
+            assert_eq!(pod.sidecar, Some("istio-proxy"), "{place}");
+        }
+    }
+
+    #[test]
+    fn a_failed_or_succeeded_pod_is_terminal() {
+        for phase in ["Failed", "Succeeded"] {
+            assert!(pod(|object| object["status"]["phase"] = json!(phase)).terminal);
+        }
+    }
+
+    #[test]
+    fn a_node_of_another_system_is_no_linux_node() {
+        let node = |labels: Value| {
+            let meta = json!({"name": "n1", "uid": "u", "labels": labels});
+            Node::parse(&serde_json::from_value(meta).unwrap()).unwrap()
+        };
+        assert!(node(json!({"kubernetes.io/os": "linux"})).linux);
+        assert!(!node(json!({"kubernetes.io/os": "windows"})).linux);
+        let zone = node(json!({"topology.kubernetes.io/zone": "z1"}))
+            .locality
+            .zone;
+        assert_eq!(zone, "z1");
+    }
+}

@@ -231,3 +231,118 @@ impl Endpoint {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn service(spec: Value) -> Option<Service> {
+        let object = json!({"metadata": {"name": "web", "namespace": "shop"}, "spec": spec});
+        Service::parse(&serde_json::from_value(object).unwrap())
+    }
+
+    fn slice(change: impl Fn(&mut Value)) -> Option<EndpointSlice> {
+        let mut object = json!({
+            "metadata": {
+                "name": "web-x", "namespace": "shop",
+                "labels": {"kubernetes.io/service-name": "web"},
+            },
+            "addressType": "IPv4",
+            "ports": [
+                {"name": "http", "port": 8080, "protocol": "TCP"},
+                {"name": "dns", "port": 53, "protocol": "UDP"},
+            ],
+            "endpoints": [
+                {"addresses": ["10.0.0.1"], "conditions": {"ready": false},
+                 "targetRef": {"kind": "Pod", "name": "web-1", "namespace": "shop", "uid": "u1"}},
+                {"addresses": ["10.0.0.2"], "zone": "z1"},
+            ],
+        });
+        change(&mut object);
+        EndpointSlice::parse(&serde_json::from_value(object).unwrap())
+    }
+
+    #[test]
+    fn only_tcp_ports_matter_and_named_targets_are_open() {
+        let service = service(json!({
+            "clusterIPs": ["10.96.0.1", "fd00::1"],
+            "ipFamilies": ["IPv4", "IPv6"],
+            "ports": [
+                {"name": "http", "port": 80, "targetPort": "web"},
+                {"name": "grpc-api", "port": 81, "targetPort": 8081},
+                {"name": "plain", "port": 82, "appProtocol": "kubernetes.io/h2c"},
+                {"name": "dns", "port": 53, "protocol": "UDP"},
+            ],
+        }))
+        .unwrap();
+        let ports: Vec<_> = service
+            .ports
+            .iter()
+            .map(|port| (port.port, port.target, port.app_protocol))
+            .collect();
+        assert_eq!(
+            ports,
+            [
+                (80, None, AppProtocol::Http11),
+                (81, Some(8081), AppProtocol::Grpc),
+                (82, Some(82), AppProtocol::Http2),
+            ]
+        );
+        assert_eq!(service.families, IpFamilies::Dual);
+        assert_eq!(service.addresses.len(), 2);
+    }
+
+    #[test]
+    fn a_headless_service_has_no_address_and_an_external_name_is_none() {
+        let headless = service(json!({"clusterIPs": ["None"], "clusterIP": "None"}));
+        assert!(headless.unwrap().addresses.is_empty());
+        let external = service(json!({"type": "ExternalName", "externalName": "example.org"}));
+        assert_eq!(external, None);
+    }
+
+    #[test]
+    fn preferences_are_read() {
+        for (spec, expected) in [
+            (
+                json!({"trafficDistribution": "PreferClose"}),
+                Preference::SameZone,
+            ),
+            (
+                json!({"trafficDistribution": "PreferSameNode"}),
+                Preference::SameNode,
+            ),
+            (
+                json!({"internalTrafficPolicy": "Local"}),
+                Preference::OnlySameNode,
+            ),
+            (json!({}), Preference::None),
+        ] {
+            assert_eq!(service(spec).unwrap().preference, expected);
+        }
+    }
+
+    #[test]
+    fn a_slice_is_read_with_its_pods_and_readiness() {
+        let slice = slice(|_| {}).unwrap();
+        assert_eq!(slice.service, ServiceKey::new("shop", "web"));
+        assert_eq!(slice.ports.len(), 1);
+        let [pod, other] = slice.endpoints.as_slice() else {
+            panic!("{:?}", slice.endpoints);
+        };
+        assert_eq!(pod.pod.as_ref().unwrap().key, PodKey::new("shop", "web-1"));
+        assert!(!pod.ready);
+        assert!(other.pod.is_none() && other.ready);
+        assert_eq!(other.zone.as_deref(), Some("z1"));
+    }
+
+    #[test]
+    fn slices_of_names_or_of_no_service_are_left_out() {
+        assert_eq!(slice(|object| object["addressType"] = json!("FQDN")), None);
+        assert_eq!(
+            slice(|object| object["metadata"]["labels"] = json!({})),
+            None
+        );
+    }
+}
