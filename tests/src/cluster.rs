@@ -1,7 +1,5 @@
 //! The running cluster: its objects through kubectl, its nodes through their namespaces.
 
-use std::fs;
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
@@ -21,8 +19,6 @@ pub const MODE_LABEL: &str = "istio.io/dataplane-mode";
 #[derive(Clone, Debug)]
 pub struct Cluster {
     kubectl: String,
-    /// Of somebody else than the administrator.
-    kubeconfig: Option<PathBuf>,
 }
 
 impl Cluster {
@@ -33,28 +29,7 @@ impl Cluster {
     pub fn current() -> Result<Self> {
         let kubectl = setting("AMBIT_KUBECTL")?;
         setting("KUBECONFIG")?;
-        Ok(Self {
-            kubectl,
-            kubeconfig: None,
-        })
-    }
-
-    /// The same cluster, for who has this token.
-    ///
-    /// # Errors
-    /// If the configuration cannot be read or written.
-    pub fn with_token(&self, token: &str) -> Result<Self> {
-        let view = self.kubectl(&["config", "view", "--raw", "-o", "json"])?;
-        let mut view: Value = serde_json::from_str(&view)?;
-        for user in view["users"].as_array_mut().into_iter().flatten() {
-            user["user"] = json!({"token": token});
-        }
-        let path = std::env::temp_dir().join(format!("ambit-{}.kubeconfig", std::process::id()));
-        fs::write(&path, view.to_string()).with_context(|| format!("{}", path.display()))?;
-        Ok(Self {
-            kubectl: self.kubectl.clone(),
-            kubeconfig: Some(path),
-        })
+        Ok(Self { kubectl })
     }
 
     /// Path of kubectl.
@@ -68,11 +43,7 @@ impl Cluster {
     /// # Errors
     /// If kubectl cannot be started.
     pub fn try_kubectl(&self, arguments: &[&str], input: &str) -> Result<Outcome> {
-        let mut kubectl = Command::new(&self.kubectl);
-        if let Some(path) = &self.kubeconfig {
-            kubectl.env("KUBECONFIG", path);
-        }
-        command::run(kubectl.args(arguments), input)
+        command::run(Command::new(&self.kubectl).args(arguments), input)
     }
 
     /// Runs kubectl; what it printed.

@@ -8,6 +8,7 @@
 //!
 //! Nothing here links the programs under test: what they did is read back with other tools.
 
+pub mod api;
 pub mod capture;
 pub mod certificate_api;
 pub mod cluster;

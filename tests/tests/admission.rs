@@ -1,96 +1,72 @@
 //! Who may write what, by the real API server and real tokens.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
+use mesh_tests::api::Caller;
 use mesh_tests::certificate_api::token;
 use mesh_tests::cluster::Cluster;
 use mesh_tests::stage::{NODE_1, NODE_2};
+use serde_json::Value;
 
-/// The cluster as the agent of `node` sees it.
-fn agent_of(cluster: &Cluster, node: &str) -> Result<Cluster> {
-    let pod = cluster.system_pod("ambit-node-agent", node)?;
-    cluster.with_token(&token(cluster, "ambit-node-agent", None, Some(&pod))?)
+const STATUS: &str = r#"{"status":{"hostIP":"192.0.2.1"}}"#;
+const SPEC: &str = r#"{"spec":{"failureMode":"Open"}}"#;
+
+fn path(node: &str) -> String {
+    format!("/apis/ambit.mesh/v1alpha1/ambientnodes/{node}")
 }
 
-/// A patch of an AmbientNode's status that changes nothing when it is allowed.
-fn patch_status(agent: &Cluster, node: &str) -> Result<mesh_tests::command::Outcome> {
-    let patch = [
-        "patch",
-        "ambientnode",
-        node,
-        "--subresource=status",
-        "--type=merge",
-        "--dry-run=server",
-        "-p",
-    ];
-    agent.try_kubectl(
-        &[&patch[..], &[r#"{"status":{"hostIP":"192.0.2.1"}}"#]].concat(),
-        "",
+/// The agent of `node`, as the API server knows it.
+fn agent_of(cluster: &Cluster, node: &str) -> Result<Caller> {
+    let pod = cluster.system_pod("ambit-node-agent", node)?;
+    Caller::with_token(
+        cluster,
+        &token(cluster, "ambit-node-agent", None, Some(&pod))?,
     )
+}
+
+fn ensure_refused(answer: &Value, words: &str) -> Result<()> {
+    let message = answer["message"].as_str().unwrap_or_default();
+    ensure!(answer["code"] == 403 && message.contains(words), "{answer}");
+    Ok(())
 }
 
 #[test]
 fn an_agent_writes_the_status_of_its_own_node_only() -> Result<()> {
     let cluster = Cluster::current()?;
     let agent = agent_of(&cluster, NODE_1)?;
-    patch_status(&agent, NODE_1)?
-        .success()
-        .context("its own node")?;
-    let refusal = patch_status(&agent, NODE_2)?.failure()?;
-    ensure!(
-        refusal.contains("the agent of node 'node-1' may not write AmbientNode 'node-2'"),
-        "{refusal}"
-    );
-    Ok(())
+    let own = agent.try_patch(&(path(NODE_1) + "/status"), &[], STATUS)?;
+    ensure!(own["status"]["hostIP"] == "192.0.2.1", "{own}");
+    let other = agent.try_patch(&(path(NODE_2) + "/status"), &[], STATUS)?;
+    ensure_refused(
+        &other,
+        "the agent of node 'node-1' may not write AmbientNode 'node-2'",
+    )
 }
 
 #[test]
 fn an_agents_token_that_names_no_node_writes_nothing() -> Result<()> {
     let cluster = Cluster::current()?;
-    let agent = cluster.with_token(&token(&cluster, "ambit-node-agent", None, None)?)?;
-    let refusal = patch_status(&agent, NODE_1)?.failure()?;
-    ensure!(
-        refusal.contains("the agent's token names no node"),
-        "{refusal}"
-    );
-    Ok(())
+    let agent = Caller::with_token(&cluster, &token(&cluster, "ambit-node-agent", None, None)?)?;
+    let answer = agent.try_patch(&(path(NODE_1) + "/status"), &[], STATUS)?;
+    ensure_refused(&answer, "the agent's token names no node")
 }
 
 #[test]
 fn an_agent_may_not_change_what_its_node_should_do() -> Result<()> {
     let cluster = Cluster::current()?;
-    let agent = agent_of(&cluster, NODE_1)?;
-    let patch = r#"{"spec":{"failureMode":"Open"}}"#;
-    let call = [
-        "patch",
-        "ambientnode",
-        NODE_1,
-        "--type=merge",
-        "--dry-run=server",
-        "-p",
-        patch,
-    ];
-    let refusal = agent.try_kubectl(&call, "")?.failure()?;
-    ensure!(
-        refusal.contains("forbidden") || refusal.contains("Forbidden"),
-        "{refusal}"
-    );
+    let answer = agent_of(&cluster, NODE_1)?.try_patch(&path(NODE_1), &[], SPEC)?;
+    ensure_refused(&answer, "cannot patch resource")?;
     // Neither if somebody widens its role by mistake.
-    let identity = "system:serviceaccount:ambit-system:ambit-node-agent";
-    let call = [
-        &call[..],
-        &["--as", identity, "--as-group", "system:masters"],
-        &[
-            "--as-user-extra",
-            "authentication.kubernetes.io/node-name=node-1",
-        ],
-    ]
-    .concat();
-    let refusal = cluster.try_kubectl(&call, "")?.failure()?;
-    ensure!(
-        refusal.contains("an agent may write only the status of its AmbientNode"),
-        "{refusal}"
-    );
-    Ok(())
+    let widened = [
+        "Impersonate-User: system:serviceaccount:ambit-system:ambit-node-agent",
+        "Impersonate-Group: system:masters",
+        "Impersonate-Extra-authentication.kubernetes.io%2Fnode-name: node-1",
+    ];
+    let administrator = Caller::administrator(&cluster)?;
+    let answer = administrator.try_patch(&path(NODE_1), &widened, SPEC)?;
+    ensure_refused(
+        &answer,
+        "an agent may write only the status of its AmbientNode",
+    )
 }
 
 #[test]
