@@ -26,6 +26,7 @@ pub(crate) struct Metrics {
     registry: Registry,
     passes: Counter,
     failed_passes: Counter,
+    waiting_passes: Counter,
     pass_seconds: Histogram,
     changes: Counter,
     repairs: Counter,
@@ -48,6 +49,7 @@ impl Metrics {
             registry: Registry::default(),
             passes: Counter::default(),
             failed_passes: Counter::default(),
+            waiting_passes: Counter::default(),
             pass_seconds: Histogram::new(PASS_SECONDS),
             changes: Counter::default(),
             repairs: Counter::default(),
@@ -61,6 +63,11 @@ impl Metrics {
             "failed_passes",
             "Passes that did not reach what is wanted",
             metrics.failed_passes.clone(),
+        );
+        registry.register(
+            "waiting_passes",
+            "Passes that changed nothing because the proxy of a standing data path was awaited",
+            metrics.waiting_passes.clone(),
         );
         registry.register(
             "pass_seconds",
@@ -125,6 +132,16 @@ impl Metrics {
             metrics: self,
             started: Instant::now(),
         }
+    }
+
+    /// A pass waited for the proxy.
+    pub(crate) fn waited(&self) {
+        self.waiting_passes.inc();
+    }
+
+    #[cfg(test)]
+    pub(crate) fn waits(&self) -> u64 {
+        self.waiting_passes.get()
     }
 
     /// Steps are about to be taken.

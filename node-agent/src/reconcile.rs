@@ -63,7 +63,10 @@ pub(crate) async fn run(
             Known::Present(object) => {
                 existed = true;
                 match node.pass(&object, &mut roster, full).await {
-                    None => schedule.wait(node.grace_left()),
+                    None => {
+                        metrics.waited();
+                        schedule.wait(node.grace_left());
+                    }
                     Some(outcome) => {
                         schedule.after(full, outcome.failure.is_none());
                         timer.done(&outcome);
@@ -179,7 +182,7 @@ impl Schedule {
     }
 
     fn wait(&mut self, grace: Duration) {
-        self.next = Instant::now() + grace.max(SWARM);
+        self.next = Instant::now() + grace.clamp(SWARM, FIRST_RETRY);
     }
 }
 

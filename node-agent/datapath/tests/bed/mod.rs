@@ -52,8 +52,11 @@ impl Bed {
     fn add(&mut self, name: &str) -> String {
         let full = format!("{}-{name}", self.prefix);
         self.names.push(full.clone());
+        // The kernel's own IPv6 addresses come when they like, in the middle of a comparison.
         sh(&format!(
-            "ip netns add {full} && ip -n {full} link set lo up"
+            "ip netns add {full}
+             ip netns exec {full} sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1
+             ip -n {full} link set lo up"
         ));
         full
     }
