@@ -1,5 +1,6 @@
 //! Devices, addresses, routes and rules, through rtnetlink(7).
 
+mod device;
 mod message;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -8,19 +9,19 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsRawFd;
 
 use futures::TryStreamExt;
-use ipnet::Ipv4Net;
 use netlink_packet_route::AddressFamily;
-use netlink_packet_route::address::{AddressAttribute, AddressMessage};
-use netlink_packet_route::link::{
-    InfoData, InfoGeneve, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
-};
+use netlink_packet_route::address::AddressMessage;
+use netlink_packet_route::link::{InfoData, InfoVeth, LinkFlags, LinkMessage};
 use netlink_packet_route::route::RouteMessage;
 use rtnetlink::{Handle, IpVersion, LinkGeneve, LinkMessageBuilder, LinkUnspec, LinkVeth};
 
 use crate::datapath::{Address, Item, Link, Place};
-use crate::names::{ISTIOIN, ISTIOOUT, PISTIOIN, PISTIOOUT};
+use crate::names::{ISTIOIN, ISTIOOUT};
 use crate::netns::Netns;
 
+use device::{geneve, host_link, is_geneve, is_ours, own_address};
+
+pub(crate) use device::{ipv4, kind, mtu, name, peer_index};
 pub(crate) use message::{foreign_mark, way};
 
 /// A netlink socket in one namespace.
@@ -361,116 +362,4 @@ fn gone(removed: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
         Err(error) if absent.iter().any(|errno| is_errno(&error, *errno)) => Ok(()),
         other => other,
     }
-}
-
-pub(crate) fn name(link: &LinkMessage) -> String {
-    link.attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            LinkAttribute::IfName(name) => Some(name.clone()),
-            _ => None,
-        })
-        .unwrap_or_default()
-}
-
-fn is_ours(name: &str) -> bool {
-    [ISTIOIN, ISTIOOUT, PISTIOIN, PISTIOOUT].contains(&name)
-}
-
-pub(crate) fn kind(link: &LinkMessage) -> Option<InfoKind> {
-    infos(link).find_map(|info| match info {
-        LinkInfo::Kind(kind) => Some(kind.clone()),
-        _ => None,
-    })
-}
-
-fn infos(link: &LinkMessage) -> impl Iterator<Item = &LinkInfo> {
-    link.attributes
-        .iter()
-        .flat_map(|attribute| match attribute {
-            LinkAttribute::LinkInfo(infos) => infos.as_slice(),
-            _ => &[],
-        })
-}
-
-fn is_geneve(link: &LinkMessage) -> bool {
-    matches!(kind(link), Some(InfoKind::Geneve))
-}
-
-pub(crate) fn mtu(link: &LinkMessage) -> u32 {
-    link.attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            LinkAttribute::Mtu(mtu) => Some(*mtu),
-            _ => None,
-        })
-        .unwrap_or_default()
-}
-
-/// Index of a veth's other end, in the namespace that one is in.
-pub(crate) fn peer_index(link: &LinkMessage) -> Option<u32> {
-    link.attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            LinkAttribute::Link(index) => Some(*index),
-            _ => None,
-        })
-}
-
-fn host_link(link: &LinkMessage, peers: &BTreeMap<String, u32>) -> Link {
-    let name = name(link);
-    match kind(link) {
-        Some(InfoKind::Geneve) => geneve(link),
-        Some(InfoKind::Veth) => {
-            let peer = format!("p{name}");
-            let attached = peer_index(link).is_some_and(|index| peers.get(&peer) == Some(&index));
-            Link::Veth {
-                name,
-                peer: attached.then_some(peer),
-                mtu: mtu(link),
-            }
-        }
-        _ => Link::Foreign { name },
-    }
-}
-
-fn geneve(link: &LinkMessage) -> Link {
-    let (mut vni, mut remote, mut port) = (0, Ipv4Addr::UNSPECIFIED, 0);
-    for info in infos(link) {
-        let LinkInfo::Data(InfoData::Geneve(values)) = info else {
-            continue;
-        };
-        for value in values {
-            match value {
-                InfoGeneve::Id(id) => vni = *id,
-                InfoGeneve::Remote(ip) => remote = *ip,
-                InfoGeneve::Port(number) => port = *number,
-                _ => {}
-            }
-        }
-    }
-    Link::Geneve {
-        name: name(link),
-        vni,
-        remote,
-        port,
-        mtu: mtu(link),
-    }
-}
-
-fn own_address(message: &AddressMessage, names: &BTreeMap<u32, String>) -> Option<Address> {
-    let device = names.get(&message.header.index)?.clone();
-    let ip = ipv4(message)?;
-    let address = Ipv4Net::new(ip, message.header.prefix_len).ok()?;
-    is_ours(&device).then_some(Address { device, address })
-}
-
-pub(crate) fn ipv4(message: &AddressMessage) -> Option<Ipv4Addr> {
-    message
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            AddressAttribute::Local(IpAddr::V4(ip)) => Some(*ip),
-            _ => None,
-        })
 }

@@ -1,0 +1,128 @@
+//! Devices and their addresses out of rtnetlink messages.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
+
+use ipnet::Ipv4Net;
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::link::{
+    InfoData, InfoGeneve, InfoKind, LinkAttribute, LinkInfo, LinkMessage,
+};
+
+use crate::datapath::{Address, Link};
+use crate::names::{ISTIOIN, ISTIOOUT, PISTIOIN, PISTIOOUT};
+
+pub(crate) fn name(link: &LinkMessage) -> String {
+    link.attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) => Some(name.clone()),
+            _ => None,
+        })
+        .unwrap_or_default()
+}
+
+pub(super) fn is_ours(name: &str) -> bool {
+    [ISTIOIN, ISTIOOUT, PISTIOIN, PISTIOOUT].contains(&name)
+}
+
+pub(crate) fn kind(link: &LinkMessage) -> Option<InfoKind> {
+    infos(link).find_map(|info| match info {
+        LinkInfo::Kind(kind) => Some(kind.clone()),
+        _ => None,
+    })
+}
+
+fn infos(link: &LinkMessage) -> impl Iterator<Item = &LinkInfo> {
+    link.attributes
+        .iter()
+        .flat_map(|attribute| match attribute {
+            LinkAttribute::LinkInfo(infos) => infos.as_slice(),
+            _ => &[],
+        })
+}
+
+pub(super) fn is_geneve(link: &LinkMessage) -> bool {
+    matches!(kind(link), Some(InfoKind::Geneve))
+}
+
+pub(crate) fn mtu(link: &LinkMessage) -> u32 {
+    link.attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::Mtu(mtu) => Some(*mtu),
+            _ => None,
+        })
+        .unwrap_or_default()
+}
+
+/// Index of a veth's other end, in the namespace that one is in.
+pub(crate) fn peer_index(link: &LinkMessage) -> Option<u32> {
+    link.attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::Link(index) => Some(*index),
+            _ => None,
+        })
+}
+
+pub(super) fn host_link(link: &LinkMessage, peers: &BTreeMap<String, u32>) -> Link {
+    let name = name(link);
+    match kind(link) {
+        Some(InfoKind::Geneve) => geneve(link),
+        Some(InfoKind::Veth) => {
+            let peer = format!("p{name}");
+            let attached = peer_index(link).is_some_and(|index| peers.get(&peer) == Some(&index));
+            Link::Veth {
+                name,
+                peer: attached.then_some(peer),
+                mtu: mtu(link),
+            }
+        }
+        _ => Link::Foreign { name },
+    }
+}
+
+pub(super) fn geneve(link: &LinkMessage) -> Link {
+    let (mut vni, mut remote, mut port) = (0, Ipv4Addr::UNSPECIFIED, 0);
+    for info in infos(link) {
+        let LinkInfo::Data(InfoData::Geneve(values)) = info else {
+            continue;
+        };
+        for value in values {
+            match value {
+                InfoGeneve::Id(id) => vni = *id,
+                InfoGeneve::Remote(ip) => remote = *ip,
+                InfoGeneve::Port(number) => port = *number,
+                _ => {}
+            }
+        }
+    }
+    Link::Geneve {
+        name: name(link),
+        vni,
+        remote,
+        port,
+        mtu: mtu(link),
+    }
+}
+
+pub(super) fn own_address(
+    message: &AddressMessage,
+    names: &BTreeMap<u32, String>,
+) -> Option<Address> {
+    let device = names.get(&message.header.index)?.clone();
+    let ip = ipv4(message)?;
+    let address = Ipv4Net::new(ip, message.header.prefix_len).ok()?;
+    is_ours(&device).then_some(Address { device, address })
+}
+
+pub(crate) fn ipv4(message: &AddressMessage) -> Option<Ipv4Addr> {
+    message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            AddressAttribute::Local(IpAddr::V4(ip)) => Some(*ip),
+            _ => None,
+        })
+}
