@@ -17,6 +17,7 @@ use crate::identity::{NotAnIdentity, SpiffeId};
 use crate::metrics::{Metrics, ReasonLabel};
 use crate::model::Published;
 use crate::problems::chain;
+use crate::serve::peer;
 
 /// Key of the request's metadata: the identity that a node's proxy asks for.
 const IMPERSONATED_IDENTITY: &str = "ImpersonatedIdentity";
@@ -56,7 +57,7 @@ impl IstioCertificateService for Certificates {
         &self,
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
-        let from = request.remote_addr();
+        let from = peer(&request);
         let asked = asked_identity(request.get_ref())
             .unwrap_or_default()
             .to_owned();
@@ -65,7 +66,7 @@ impl IstioCertificateService for Certificates {
             Err(error) => {
                 self.metrics.unauthenticated.inc();
                 let error = Refused::from(error);
-                return Err(self.refuse(&error, &format!("{from:?}"), &asked));
+                return Err(self.refuse(&error, &from, &asked));
             }
         };
         let who = format!("{} on {}", caller.pod_name, caller.node);

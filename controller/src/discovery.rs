@@ -20,6 +20,7 @@ use crate::authorize::Caller;
 use crate::directory::Directory;
 use crate::metrics::{Metrics, TypeLabel};
 use crate::model::Published;
+use crate::serve::peer;
 
 /// Responses that wait for the connection, beyond what it buffers itself.
 const WAITING_RESPONSES: usize = 2;
@@ -44,7 +45,8 @@ impl AggregatedDiscoveryService for Discovery {
             Ok(caller) => caller,
             Err(error) => {
                 self.metrics.unauthenticated.inc();
-                tracing::warn!(from = ?request.remote_addr(), "refused a client of discovery: {error}");
+                let from = peer(&request);
+                tracing::warn!(from, "refused a client of discovery: {error}");
                 return Err(error.into());
             }
         };

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, watch};
 
@@ -11,6 +12,9 @@ use crate::snapshot::{Change, ClusterSnapshot, Touched, Update};
 
 /// How many changes are taken in before one publication.
 const BATCH: usize = 1024;
+
+/// Between two publications: every one wakes every client's task.
+const PACE: Duration = Duration::from_millis(20);
 
 /// Everything that is known, at one moment. A clone shares it all.
 #[derive(Clone, Debug, Default)]
@@ -59,6 +63,7 @@ pub(crate) async fn run(
         }
         published.send_replace(Some(Arc::new(model.clone())));
         dirty.insert(touched.nodes);
+        tokio::time::sleep(PACE).await;
     }
 }
 
@@ -120,5 +125,52 @@ impl DirtyNodes {
 
     fn lock(&self) -> MutexGuard<'_, BTreeSet<NodeName>> {
         self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{base, facts, n, pod, set_pod};
+
+    #[tokio::test]
+    async fn nothing_is_published_before_every_kind_has_been_listed() {
+        let (updates, received) = mpsc::channel(64);
+        let (publish, mut published) = watch::channel(None);
+        let dirty = Arc::new(DirtyNodes::default());
+        tokio::spawn(run(facts(), received, publish, dirty.clone()));
+        for update in base().into_iter().chain([set_pod(pod("a", "10.0.0.1"))]) {
+            updates.send(update).await.unwrap();
+        }
+        let lists = crate::testing::Cluster::with([set_pod(pod("b", "10.0.0.2"))])
+            .snapshot
+            .lists();
+        for list in lists {
+            assert!(published.borrow().is_none());
+            updates.send(list).await.unwrap();
+        }
+        updates
+            .send(Update::Written(Change::Replace(Vec::new())))
+            .await
+            .unwrap();
+        let model = published.wait_for(Option::is_some).await.unwrap().clone();
+        let names: Vec<_> = model
+            .unwrap()
+            .snapshot
+            .pods_on(&n("n1"))
+            .map(|pod| pod.uid.clone())
+            .collect();
+        assert_eq!(names, ["uid-b".into()]);
+        assert_eq!(dirty.take().await, [n("n1"), n("n2")].into());
+    }
+
+    #[tokio::test]
+    async fn a_node_that_changes_often_is_dirty_once() {
+        let dirty = DirtyNodes::default();
+        dirty.insert([n("n1")]);
+        dirty.insert([n("n1"), n("n2")]);
+        assert_eq!(dirty.take().await.len(), 2);
+        dirty.insert([n("n3")]);
+        assert_eq!(dirty.take().await, [n("n3")].into());
     }
 }

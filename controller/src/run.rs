@@ -48,8 +48,10 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     parts.stop_on_signal()?;
     let stop = parts.stop.clone();
     tokio::select! {
-        started = parts.start() => started?,
+        // First: a start that is broken off looks like one that failed.
+        biased;
         () = stop.cancelled() => {}
+        started = parts.start() => started?,
     }
     parts.wait().await
 }

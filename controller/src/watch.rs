@@ -97,7 +97,10 @@ impl Sink {
         while let Some(event) = events.next().await {
             let change = match event {
                 Ok(event) => {
-                    self.problems.clear(self.part);
+                    // A list that begins has not succeeded yet.
+                    if !matches!(event, Event::Init) {
+                        self.problems.clear(self.part);
+                    }
                     next_change(event, &mut listed, &parse, &key)
                 }
                 Err(error) => {

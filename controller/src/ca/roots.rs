@@ -75,7 +75,9 @@ impl RootPublisher {
     }
 
     fn observe(&mut self, event: Event<ConfigMap>) {
-        self.problems.clear(WATCH_PART);
+        if !matches!(event, Event::Init) {
+            self.problems.clear(WATCH_PART);
+        }
         match event {
             Event::Apply(map) | Event::InitApply(map) => {
                 self.published = map.data.and_then(|mut data| data.remove(KEY));

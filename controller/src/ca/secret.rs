@@ -38,8 +38,8 @@ pub(crate) struct CaSecret {
 /// A CA that cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SecretError {
-    #[error("Secret {secret}: {source}; correct or delete it (a new CA is then made)")]
-    Unusable { secret: String, source: CaError },
+    #[error("Secret {secret}: {cause}; correct or delete it (a new CA is then made)")]
+    Unusable { secret: String, cause: CaError },
     #[error("Secret {secret} has no key {key}; it needs tls.crt and tls.key")]
     NoKey { secret: String, key: &'static str },
     #[error("Secret {secret} cannot be read: {reason}")]
@@ -90,7 +90,10 @@ impl CaSecret {
         let mut events = std::pin::pin!(watcher(self.api.clone(), one).default_backoff());
         let mut seen = false;
         while let Some(event) = events.next().await {
-            if event.is_ok() {
+            if matches!(
+                event,
+                Ok(Event::InitDone | Event::Apply(_) | Event::Delete(_))
+            ) {
                 self.problems.clear(WATCH_PART);
             }
             match event {
@@ -205,9 +208,9 @@ impl CaSecret {
             key: needed("tls.key")?,
             roots: part("ca.crt"),
         };
-        Ca::parse(&pem, SystemTime::now()).map_err(|source| SecretError::Unusable {
+        Ca::parse(&pem, SystemTime::now()).map_err(|cause| SecretError::Unusable {
             secret: self.full_name(),
-            source,
+            cause,
         })
     }
 
