@@ -48,11 +48,13 @@ impl Server {
         }
     }
 
-    /// From now on listens on exactly these; says of each whether it is bound.
+    /// From now on listens on exactly these, or on nothing if the proxy drains; says of each whether
+    /// it is bound.
     pub fn listen(&self, wanted: &BTreeSet<Listener>) -> BTreeMap<Listener, Result<(), io::Error>> {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let draining = self.shared.is_draining();
         running.retain(|listener, task| {
-            let keep = wanted.contains(listener);
+            let keep = wanted.contains(listener) && !draining;
             if !keep {
                 task.abort();
             }
@@ -62,6 +64,7 @@ impl Server {
         for listener @ (kind, port) in wanted.iter().copied() {
             let result = match running.contains_key(&listener) {
                 true => Ok(()),
+                false if draining => Err(io::Error::other("the proxy is ending")),
                 false => socket::listen(port).map(|socket| {
                     tracing::info!(?kind, port, "listening");
                     let task = accept(socket, kind, self.shared.clone(), self.connections.clone());
@@ -76,8 +79,8 @@ impl Server {
     /// Stops accepting, asks peers to open no more streams, and waits for what is open, at most for
     /// `limit`; how many connections were cut.
     pub async fn drain(&self, limit: Duration) -> usize {
-        self.listen(&BTreeSet::new());
         self.shared.drain();
+        self.listen(&BTreeSet::new());
         self.connections.close();
         // Whoever is left is cut when the process ends.
         match tokio::time::timeout(limit, self.connections.wait()).await {

@@ -115,6 +115,10 @@ impl Shared {
         self.drain.cancel();
     }
 
+    pub(crate) fn is_draining(&self) -> bool {
+        self.drain.is_cancelled()
+    }
+
     /// Ends when the proxy is to end.
     pub(crate) async fn draining(&self) {
         self.drain.cancelled().await;

@@ -69,8 +69,11 @@ pub(crate) struct Agent {
 /// What the agent said last, and how far the listeners got.
 struct Applied {
     configuration: Configuration,
-    listeners: BTreeMap<Listener, Result<(), io::Error>>,
+    listeners: Listeners,
 }
+
+/// Whether each listener is bound.
+type Listeners = BTreeMap<Listener, Result<(), io::Error>>;
 
 impl Agent {
     /// Talks with the agent for ever.
@@ -173,17 +176,17 @@ impl Agent {
         }
     }
 
-    fn listen(&self, configuration: &Configuration) -> BTreeMap<Listener, Result<(), io::Error>> {
+    fn listen(&self, configuration: &Configuration) -> Listeners {
         let listeners = self.server.listen(&configuration.listeners);
         let all = listeners.values().all(Result::is_ok);
         self.status.listening.store(all, Ordering::Relaxed);
         listeners
     }
 
-    /// Tries ports again that were taken.
+    /// Tries ports again that were taken, and says when all are closed for good.
     fn listen_again(&self, applied: &mut Applied) {
-        let draining = self.status.draining.load(Ordering::Relaxed);
-        if !draining && applied.listeners.values().any(Result::is_err) {
+        let ending = self.status.draining.load(Ordering::Relaxed);
+        if ending || applied.listeners.values().any(Result::is_err) {
             applied.listeners = self.listen(&applied.configuration);
         }
     }

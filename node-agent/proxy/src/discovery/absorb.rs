@@ -48,6 +48,8 @@ pub(crate) struct Held {
 type Versions = Option<HashMap<String, String>>;
 
 impl Kind {
+    /// Addresses are asked for first: a controller that splits its first answer has sent all of it
+    /// when the answer to the second request comes, so that a complete state is complete.
     pub(crate) const ALL: [Self; 2] = [Self::Address, Self::Authorization];
 
     pub(crate) fn url(self) -> &'static str {

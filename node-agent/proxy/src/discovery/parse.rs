@@ -32,7 +32,7 @@ pub(crate) fn workload(
     let services: Result<BTreeMap<Arc<str>, BTreeMap<u16, u16>>, String> = message
         .services
         .iter()
-        .map(|(key, list)| Ok((key.as_str().into(), ports(&list.ports)?)))
+        .map(|(key, list)| Ok((key.as_str().into(), endpoint_ports(&list.ports)?)))
         .collect();
     let (status, kind, mode) = (
         message.status(),
@@ -125,6 +125,13 @@ fn ports(list: &[Port]) -> Result<BTreeMap<u16, u16>, String> {
     list.iter()
         .map(|port| Ok((self::port(port.service_port)?, target(port)?)))
         .collect()
+}
+
+/// An endpoint that does not say which of its own ports it means does not serve that port.
+fn endpoint_ports(list: &[Port]) -> Result<BTreeMap<u16, u16>, String> {
+    let mut ports = ports(list)?;
+    ports.retain(|_, target| *target != 0);
+    Ok(ports)
 }
 
 fn target(port: &Port) -> Result<u16, String> {
@@ -225,6 +232,16 @@ mod tests {
         );
         let ports = &parsed.services["shop/web.shop.svc.cluster.local"];
         assert_eq!(*ports, BTreeMap::from([(80, 8080)]));
+    }
+
+    #[test]
+    fn a_port_without_a_target_is_not_served() {
+        let mut message = message();
+        for list in message.services.values_mut() {
+            list.ports[0].target_port = 0;
+        }
+        let parsed = workload(&own(), message).unwrap();
+        assert!(parsed.services.values().all(BTreeMap::is_empty));
     }
 
     #[test]

@@ -220,3 +220,26 @@ fn sigterm_ends_it_with_success() {
         assert!(log.contains("drained"), "{log}");
     });
 }
+
+#[test]
+fn while_it_drains_it_says_so_and_opens_nothing_again() {
+    in_namespace(async |program| {
+        let (mut agent, _controller) = ready(program).await;
+        // An open connection makes the drain last: this one waits for its handshake.
+        let _open = tokio::net::TcpStream::connect("10.1.0.1:15008")
+            .await
+            .unwrap();
+        program.signal(Signal::SIGTERM);
+        let ending = |report: &protocol::node::Report| {
+            report
+                .listeners
+                .iter()
+                .all(|listener| listener.error == "the proxy is ending")
+        };
+        agent.report_where(ending).await;
+        agent.configure(2, &[(UID, "web", "10.1.0.1")]).await;
+        let report = agent.report().await;
+        assert!(report.generation == 2 && ending(&report), "{report:?}");
+        assert!(!program.listens(15001).await);
+    });
+}

@@ -26,10 +26,10 @@ pub(crate) struct Program {
 pub(crate) fn in_namespace(test: impl AsyncFnOnce(&Program) + Send + 'static) {
     let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).expect("these tests need root");
-        let up = std::process::Command::new("ip")
-            .args(["link", "set", "lo", "up"])
-            .status();
-        assert!(up.unwrap().success());
+        for command in ["link set lo up", "address add 10.1.0.1/32 dev lo"] {
+            let mut ip = std::process::Command::new("ip");
+            assert!(ip.args(command.split(' ')).status().unwrap().success());
+        }
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build();
