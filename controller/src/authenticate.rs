@@ -9,6 +9,7 @@ use kube::api::PostParams;
 use kube::{Api, Client};
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
+use tonic::Request;
 use tonic::metadata::MetadataMap;
 
 use crate::authorize::Caller;
@@ -137,6 +138,14 @@ impl Reviewer {
             }
         }
     }
+}
+
+/// Who is at the other end of a request's connection, before anybody is believed.
+pub(crate) fn peer<T>(request: &Request<T>) -> String {
+    request.remote_addr().map_or_else(
+        || "an unknown address".to_owned(),
+        |address| address.to_string(),
+    )
 }
 
 fn bearer(metadata: &MetadataMap) -> Result<&str, Unauthenticated> {

@@ -8,7 +8,7 @@ use protocol::certificate::istio_certificate_service_server::IstioCertificateSer
 use protocol::certificate::{IstioCertificateRequest, IstioCertificateResponse};
 use tonic::{Request, Response, Status};
 
-use crate::authenticate::{Authenticator, Unauthenticated};
+use crate::authenticate::{Authenticator, Unauthenticated, peer};
 use crate::authorize::{Caller, Permit, Refusal, authorize};
 use crate::ca::secret::CurrentCa;
 use crate::ca::{RequestError, validity};
@@ -17,7 +17,6 @@ use crate::identity::{NotAnIdentity, SpiffeId};
 use crate::metrics::{Metrics, ReasonLabel};
 use crate::model::Published;
 use crate::problems::chain;
-use crate::serve::peer;
 
 /// Key of the request's metadata: the identity that a node's proxy asks for.
 const IMPERSONATED_IDENTITY: &str = "ImpersonatedIdentity";

@@ -15,12 +15,11 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use self::delta::{Client, Push, Reaction};
-use crate::authenticate::Authenticator;
+use crate::authenticate::{Authenticator, peer};
 use crate::authorize::Caller;
 use crate::directory::Directory;
 use crate::metrics::{Metrics, TypeLabel};
 use crate::model::Published;
-use crate::serve::peer;
 
 /// Responses that wait for the connection, beyond what it buffers itself.
 const WAITING_RESPONSES: usize = 2;

@@ -15,7 +15,6 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::Request;
 use tonic::transport::Server;
 
 use crate::ca::secret::CurrentCa;
@@ -92,14 +91,6 @@ pub(crate) async fn serve(
         .serve_with_incoming_shutdown(ReceiverStream::new(connections), stop.cancelled_owned())
         .await?;
     Ok(())
-}
-
-/// Who is at the other end of a request's connection.
-pub(crate) fn peer<T>(request: &Request<T>) -> String {
-    request.remote_addr().map_or_else(
-        || "an unknown address".to_owned(),
-        |address| address.to_string(),
-    )
 }
 
 type Connection = Result<TlsStream<TcpStream>, std::io::Error>;
