@@ -310,6 +310,9 @@ fn accept(identity: &SpiffeId, key: &KeyPair, answer: &[String]) -> Result<Certi
         .map(|leaf| (leaf.not_before, leaf.not_after));
     let (not_before, not_after) = validity.ok_or("the answer has no certificate")?;
     let roots = describe_all(&pem_certificates(roots_pem)?)?;
+    if roots.is_empty() {
+        return Err("the answer has no root in its last element".to_owned());
+    }
     let mut trusted = RootCertStore::empty();
     for root in &roots {
         let added = trusted.add(root.der.clone());
@@ -364,3 +367,6 @@ fn pem_certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, String> {
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
     found.map_err(|error| format!("not PEM: {error}"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -239,7 +239,7 @@ async fn answer(
             return refuse(respond, error.status());
         }
     };
-    let send = match respond.send_response(accepted(&shared, &ends.workload), false) {
+    let send = match respond.send_response(accepted(&shared, &ends.workload, &facts), false) {
         Ok(send) => send,
         // The client has gone while the pod was dialled; the pod is not to think it was heard.
         Err(error) => {
@@ -257,8 +257,9 @@ async fn answer(
     log.closed(transferred, &result);
 }
 
-fn accepted(shared: &Shared, workload: &LocalWorkload) -> Response<()> {
-    let baggage = tunnel::baggage(&shared.settings.cluster, workload);
+fn accepted(shared: &Shared, workload: &LocalWorkload, facts: &Facts) -> Response<()> {
+    let known = facts.destination_workload.as_deref();
+    let baggage = tunnel::baggage(&shared.settings.cluster, workload, known);
     let mut response = Response::new(());
     // A name that does not fit in a header is left out: it is only for telemetry.
     if let Ok(baggage) = baggage.try_into() {

@@ -85,7 +85,7 @@ pub(crate) async fn serve(shared: Arc<Shared>, stream: TcpStream, peer: SocketAd
     let source = shared.local.load().at(peer.ip()).cloned();
     let mut facts = facts(&shared, source.as_ref(), peer, destination);
     // Boxed: what opening needs is not kept while bytes are copied.
-    let opened = Box::pin(open(&shared, source, peer, destination, &mut facts)).await;
+    let opened = Box::pin(open(&shared, source, &mut facts)).await;
     match opened {
         Ok(Opened::Socket(server)) => {
             let log = facts.opened(&shared.metrics);
@@ -128,18 +128,16 @@ fn facts(
 async fn open(
     shared: &Arc<Shared>,
     source: Option<Arc<LocalWorkload>>,
-    peer: SocketAddr,
-    destination: SocketAddr,
     facts: &mut Facts,
 ) -> Result<Opened, OutboundError> {
-    if shared.is_own(destination.ip()) {
+    if shared.is_own(facts.destination.ip()) {
         return Err(OutboundError::NotRedirected);
     }
     let source = source.ok_or(OutboundError::UnknownSource)?;
     shared.wait_discovered().await?;
     let start = Instant::now();
     loop {
-        match try_all(shared, &source, peer, destination, facts).await {
+        match try_all(shared, &source, facts).await {
             Err(error) if error.is_worth_retrying() && start.elapsed() < RETRY_FOR => {
                 tokio::time::sleep(RETRY_EVERY).await;
             }
@@ -152,10 +150,9 @@ async fn open(
 async fn try_all(
     shared: &Arc<Shared>,
     source: &LocalWorkload,
-    peer: SocketAddr,
-    destination: SocketAddr,
     facts: &mut Facts,
 ) -> Result<Opened, OutboundError> {
+    let destination = facts.destination;
     let choice = {
         let (directory, local) = (shared.directory.load(), shared.local.load());
         let mut random = rand::rng();
@@ -169,7 +166,7 @@ async fn try_all(
             return Err(OutboundError::UnknownSource);
         };
         describe_upstream(facts, &upstream);
-        match try_one(shared, source, peer, &upstream).await {
+        match try_one(shared, source, facts, &upstream).await {
             Err(error) if upstreams.peek().is_some() => {
                 tracing::debug!(endpoint = %upstream.endpoint(), error = %with_causes(&error), "trying another endpoint");
             }
@@ -190,9 +187,10 @@ fn describe_upstream(facts: &mut Facts, upstream: &Upstream) {
 async fn try_one(
     shared: &Arc<Shared>,
     source: &LocalWorkload,
-    peer: SocketAddr,
+    facts: &Facts,
     upstream: &Upstream,
 ) -> Result<Opened, OutboundError> {
+    let peer = facts.source;
     match upstream {
         Upstream::Plain { endpoint, .. } => {
             let socket = socket::dial(Some(peer.ip()), *endpoint).await?;
@@ -225,7 +223,7 @@ async fn try_one(
                 endpoint: *endpoint,
                 local: true,
             };
-            tunnel(shared, source, peer, to).await
+            tunnel(shared, source, facts, to).await
         }
         Upstream::Hbone {
             workload,
@@ -238,7 +236,7 @@ async fn try_one(
                 endpoint: *endpoint,
                 local: false,
             };
-            tunnel(shared, source, peer, to).await
+            tunnel(shared, source, facts, to).await
         }
     }
 }
@@ -246,7 +244,7 @@ async fn try_one(
 async fn tunnel(
     shared: &Arc<Shared>,
     source: &LocalWorkload,
-    peer: SocketAddr,
+    facts: &Facts,
     to: Peer<'_>,
 ) -> Result<Opened, OutboundError> {
     let address = SocketAddr::new(to.endpoint.ip(), HBONE_PORT);
@@ -258,10 +256,10 @@ async fn tunnel(
     let mut tries = 0;
     loop {
         tries += 1;
-        let connect = async || connect::connect(shared, source, peer, address, &to).await;
+        let connect = async || connect::connect(shared, source, facts.source, address, &to).await;
         let lease = shared.pool.lease(&key, connect).await;
         let lease = lease.map_err(OutboundError::Connect)?;
-        match tunnel::open(lease.send(), to.endpoint, headers(shared, source, peer)).await {
+        match tunnel::open(lease.send(), to.endpoint, headers(shared, source, facts)).await {
             Ok((send, receive)) => return Ok(Opened::Tunnel(lease, send, receive)),
             Err(error) if error.is_of_connection() => {
                 lease.close();
@@ -275,11 +273,15 @@ async fn tunnel(
     }
 }
 
-fn headers(shared: &Shared, source: &LocalWorkload, peer: SocketAddr) -> ConnectHeaders {
+fn headers(shared: &Shared, source: &LocalWorkload, facts: &Facts) -> ConnectHeaders {
     let mut random = rand::rng();
+    let (peer, known) = (facts.source, facts.source_workload.as_deref());
     ConnectHeaders {
-        baggage: tunnel::baggage(&shared.settings.cluster, source),
-        forwarded: format!("for=\"{peer}\""),
+        baggage: tunnel::baggage(&shared.settings.cluster, source, known),
+        forwarded: match &facts.service {
+            Some(service) => format!("for=\"{peer}\";host={}", service.hostname),
+            None => format!("for=\"{peer}\""),
+        },
         traceparent: format!(
             "00-{:032x}-{:016x}-00",
             random.random::<u128>(),

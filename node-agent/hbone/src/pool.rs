@@ -185,3 +185,87 @@ impl Pool {
             .sum()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    fn key() -> Key {
+        Key {
+            source: "a".into(),
+            destination: "b".into(),
+            address: "10.0.0.1:15008".parse().unwrap(),
+        }
+    }
+
+    /// A connection to a peer that answers nothing.
+    async fn connection() -> Arc<Connection> {
+        let (ours, theirs) = tokio::io::duplex(1 << 16);
+        let (client, server) =
+            tokio::join!(h2::client::handshake(ours), h2::server::handshake(theirs));
+        let (send, drive) = client.unwrap();
+        let mut server = server.unwrap();
+        tokio::spawn(drive);
+        tokio::spawn(async move { while server.accept().await.is_some() {} });
+        Connection::new(send)
+    }
+
+    #[tokio::test]
+    async fn who_waited_for_a_connection_that_failed_does_not_try_again() {
+        let pool = Pool::default();
+        let tries = Cell::new(0);
+        let fail = async || {
+            tries.set(tries.get() + 1);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            Err(ConnectError::Timeout(key().address))
+        };
+        let key = key();
+        let (one, two, three) = tokio::join!(
+            pool.lease(&key, fail),
+            pool.lease(&key, fail),
+            pool.lease(&key, fail)
+        );
+        assert!(one.is_err() && two.is_err() && three.is_err());
+        assert_eq!(tries.get(), 1);
+        // Whoever comes later tries anew.
+        assert!(pool.lease(&key, fail).await.is_err());
+        assert_eq!(tries.get(), 2);
+    }
+
+    #[tokio::test]
+    async fn streams_share_a_connection_until_it_closes() {
+        let pool = Pool::default();
+        let made = Cell::new(0);
+        let connect = async || {
+            made.set(made.get() + 1);
+            Ok(connection().await)
+        };
+        let first = pool.lease(&key(), connect).await.unwrap();
+        let second = pool.lease(&key(), connect).await.unwrap();
+        assert!(first.fresh && !second.fresh);
+        second.close();
+        let third = pool.lease(&key(), connect).await.unwrap();
+        assert!(third.fresh);
+        assert_eq!((made.get(), pool.len()), (2, 1));
+    }
+
+    #[tokio::test]
+    async fn idle_and_unwanted_connections_are_forgotten_but_not_those_in_use() {
+        let pool = Pool::default();
+        let connect = async || Ok(connection().await);
+        let lease = pool.lease(&key(), connect).await.unwrap();
+        let later = Instant::now() + IDLE + Duration::from_secs(1);
+        pool.sweep(later, |_| true);
+        assert_eq!(pool.len(), 1, "it is in use");
+        drop(lease);
+        pool.sweep(Instant::now(), |_| true);
+        assert_eq!(pool.len(), 1, "it was used a moment ago");
+        pool.sweep(later, |_| true);
+        assert_eq!(pool.len(), 0);
+        drop(pool.lease(&key(), connect).await.unwrap());
+        pool.sweep(Instant::now(), |_| false);
+        assert_eq!(pool.len(), 0);
+    }
+}

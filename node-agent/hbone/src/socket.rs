@@ -45,7 +45,7 @@ pub(crate) fn listen(port: u16) -> io::Result<TcpListener> {
 
 fn set_common(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
-    // Finds a dead peer after about half an hour of silence at most.
+    // Finds a dead peer after twelve minutes of silence at most.
     let keepalive = TcpKeepalive::new()
         .with_time(Duration::from_secs(180))
         .with_interval(Duration::from_secs(60))

@@ -9,6 +9,7 @@ use h2::{Ping, PingPong, Reason, RecvStream, SendStream, server};
 use http::{Method, Request, StatusCode, Uri};
 use tokio::io::{AsyncRead, AsyncWrite};
 
+use crate::directory::Workload;
 use crate::local::LocalWorkload;
 
 /// Flow-control window of a stream in bytes.
@@ -129,9 +130,34 @@ pub(crate) struct ConnectHeaders {
 }
 
 /// Who a pod is, for telemetry of the other side.
-pub(crate) fn baggage(cluster: &str, pod: &LocalWorkload) -> String {
-    let (namespace, name) = (&pod.namespace, &pod.name);
-    format!("k8s.cluster.name={cluster},k8s.namespace.name={namespace},k8s.pod.name={name}")
+pub(crate) fn baggage(cluster: &str, pod: &LocalWorkload, known: Option<&Workload>) -> String {
+    let mut baggage = format!(
+        "k8s.cluster.name={cluster},k8s.namespace.name={}",
+        pod.namespace
+    );
+    let mut add = |key: &str, value: &str| {
+        if !value.is_empty() {
+            baggage.extend([",", key, "=", value]);
+        }
+    };
+    let Some(known) = known else {
+        add("k8s.pod.name", &pod.name);
+        return baggage;
+    };
+    add(
+        match known.workload_type {
+            "deployment" => "k8s.deployment.name",
+            "cronjob" => "k8s.cronjob.name",
+            "job" => "k8s.job.name",
+            _ => "k8s.pod.name",
+        },
+        &known.workload_name,
+    );
+    add("service.name", &known.canonical_name);
+    add("service.version", &known.canonical_revision);
+    add("cloud.region", &known.locality.region);
+    add("cloud.availability_zone", &known.locality.zone);
+    baggage
 }
 
 /// Opens a tunnel to `authority` on a connection.
@@ -159,4 +185,49 @@ fn request(authority: SocketAddr, headers: ConnectHeaders) -> Result<Request<()>
         .header("forwarded", headers.forwarded)
         .header("traceparent", headers.traceparent)
         .body(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::directory::tests::workload;
+    use crate::identity::{SpiffeId, TrustDomain};
+
+    #[test]
+    fn baggage_has_the_names_of_the_field() {
+        let pod = LocalWorkload {
+            uid: "uid".into(),
+            namespace: "shop".into(),
+            name: "web-1".into(),
+            identity: SpiffeId::new(&TrustDomain::new("td").unwrap(), "shop", "web").unwrap(),
+            addresses: Vec::new(),
+        };
+        assert_eq!(
+            baggage("c", &pod, None),
+            "k8s.cluster.name=c,k8s.namespace.name=shop,k8s.pod.name=web-1"
+        );
+        let mut known = workload("uid", "10.0.0.1", "n");
+        known.workload_type = "deployment";
+        known.workload_name = "web".into();
+        known.locality.zone = "z".to_owned();
+        assert_eq!(
+            baggage("c", &pod, Some(&known)),
+            "k8s.cluster.name=c,k8s.namespace.name=shop,k8s.deployment.name=web,\
+             service.name=uid,service.version=latest,cloud.availability_zone=z"
+        );
+    }
+
+    #[test]
+    fn a_request_names_the_pod_and_its_own_port() {
+        let headers = ConnectHeaders {
+            baggage: "b".to_owned(),
+            forwarded: "f".to_owned(),
+            traceparent: "t".to_owned(),
+        };
+        for authority in ["10.0.0.1:8080", "[fd00::1]:8080"] {
+            let request = request(authority.parse().unwrap(), headers.clone()).unwrap();
+            assert_eq!(request.method(), Method::CONNECT);
+            assert_eq!(request.uri().to_string(), authority);
+        }
+    }
 }
