@@ -1,13 +1,16 @@
 //! The controller: TLS with its published roots, and our token on every call.
 
+use std::error::Error;
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use hbone::with_causes;
 use tonic::metadata::errors::InvalidMetadataValue;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Uri};
-use tonic::{Request, transport};
+use tonic::{Request, Status, transport};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time between two pings of HTTP/2, and how long the answer may take.
@@ -30,6 +33,35 @@ pub(crate) enum ControlPlaneError {
     #[error("prepare TLS to the controller")]
     Tls(#[source] transport::Error),
 }
+
+/// A call that did not succeed. In few words: a status prints its causes as a program would.
+#[derive(Debug)]
+pub(crate) struct CallError(Box<Status>);
+
+impl From<Status> for CallError {
+    fn from(status: Status) -> Self {
+        Self(Box::new(status))
+    }
+}
+
+impl fmt::Display for CallError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let status = &*self.0;
+        write!(
+            f,
+            "the controller: {:?}: {}",
+            status.code(),
+            status.message()
+        )?;
+        let causes = status.source().map(with_causes).unwrap_or_default();
+        if status.message().contains(&causes) {
+            return Ok(());
+        }
+        write!(f, ": {causes}")
+    }
+}
+
+impl Error for CallError {}
 
 /// Where the controller is, and how to talk to it.
 #[derive(Debug)]
@@ -90,5 +122,19 @@ impl ControlPlane {
         let cluster = cluster.map_err(ControlPlaneError::ClusterForm)?;
         request.metadata_mut().insert("clusterid", cluster);
         Ok(request)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_that_did_not_succeed_says_why_once() {
+        let cause = io::Error::other("Connection refused");
+        let status = Status::from_error(Box::new(cause));
+        let said = CallError::from(status).to_string();
+        assert_eq!(said.matches("Connection refused").count(), 1, "{said}");
+        assert!(!said.contains("Custom"), "{said}");
     }
 }

@@ -28,7 +28,7 @@ use tonic::Streaming;
 use absorb::{Held, Kind as Type};
 
 use crate::args::Args;
-use crate::control_plane::{ControlPlane, ControlPlaneError};
+use crate::control_plane::{CallError, ControlPlane, ControlPlaneError};
 use crate::status::Status;
 
 /// Largest message of the controller in bytes.
@@ -43,18 +43,12 @@ const BULKY: usize = 200;
 enum DiscoveryError {
     #[error(transparent)]
     ControlPlane(#[from] ControlPlaneError),
-    #[error("the controller says {:?}: {}", .0.code(), .0.message())]
-    Status(#[source] Box<tonic::Status>),
+    #[error(transparent)]
+    Call(#[from] CallError),
     #[error("the controller closed the stream")]
     Closed,
     #[error("work on a response")]
     Absorb(#[from] JoinError),
-}
-
-impl From<tonic::Status> for DiscoveryError {
-    fn from(status: tonic::Status) -> Self {
-        Self::Status(Box::new(status))
-    }
 }
 
 /// What fills the directory.
@@ -104,10 +98,12 @@ impl Discovery {
         }
         let outgoing = ReceiverStream::new(outgoing);
         let request = self.control_plane.request(outgoing).await?;
-        let responses = client.delta_aggregated_resources(request).await?;
-        let mut responses: Streaming<DeltaDiscoveryResponse> = responses.into_inner();
+        let responses = client.delta_aggregated_resources(request).await;
+        let mut responses: Streaming<DeltaDiscoveryResponse> =
+            responses.map_err(CallError::from)?.into_inner();
         loop {
-            let response = responses.message().await?.ok_or(DiscoveryError::Closed)?;
+            let response = responses.message().await.map_err(CallError::from)?;
+            let response = response.ok_or(DiscoveryError::Closed)?;
             if !self.status.discovery.swap(true, Ordering::Relaxed) {
                 tracing::info!("discovery is connected");
             }

@@ -12,7 +12,7 @@ use prost_types::{Struct, Value};
 use protocol::certificate::IstioCertificateRequest;
 use protocol::certificate::istio_certificate_service_client::IstioCertificateServiceClient;
 
-use crate::control_plane::{ControlPlane, ControlPlaneError};
+use crate::control_plane::{CallError, ControlPlane, ControlPlaneError};
 
 /// How long a certificate is asked to be valid.
 const VALIDITY: Duration = Duration::from_secs(24 * 3600);
@@ -23,8 +23,8 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 enum SignError {
     #[error(transparent)]
     ControlPlane(#[from] ControlPlaneError),
-    #[error("the controller says {:?}: {}", .0.code(), .0.message())]
-    Refused(#[source] Box<tonic::Status>),
+    #[error(transparent)]
+    Call(#[from] CallError),
 }
 
 /// The controller as the signer of certificates.
@@ -48,8 +48,7 @@ impl Signer {
         request.set_timeout(TIMEOUT);
         let mut client = IstioCertificateServiceClient::new(channel);
         let answer = client.create_certificate(request).await;
-        let answer = answer.map_err(|status| SignError::Refused(Box::new(status)))?;
-        Ok(answer.into_inner().cert_chain)
+        Ok(answer.map_err(CallError::from)?.into_inner().cert_chain)
     }
 }
 

@@ -137,6 +137,9 @@ fn without_a_controller_the_last_state_stays_and_a_new_stream_names_it() {
     in_namespace(async |program| {
         let (_agent, controller) = ready(program).await;
         controller.stop().await;
+        program
+            .logs("no controller; the directory stays as it is")
+            .await;
         let mut controller = Controller::start(program).await;
         let dump = program.get_json(15000, "/config_dump").await;
         assert_eq!(dump["workloads"][0]["uid"], UID);

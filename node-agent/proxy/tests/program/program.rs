@@ -94,6 +94,13 @@ impl Program {
         std::fs::read_to_string(self.folder.path().join("log")).unwrap()
     }
 
+    /// Waits until the log says this.
+    pub(crate) async fn logs(&self, part: &str) {
+        while !self.log().contains(part) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
     pub(crate) async fn listens(&self, port: u16) -> bool {
         TcpStream::connect(("127.0.0.1", port)).await.is_ok()
     }
