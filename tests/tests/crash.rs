@@ -49,6 +49,12 @@ fn wait_restarted(cluster: &Cluster, pod: &str, before: u32) -> Result<()> {
 fn a_killed_agent_comes_back_and_touches_neither_kernel_nor_connections() -> Result<()> {
     let stage = Stage::set()?;
     let cluster = &stage.cluster;
+    eventually(Duration::from_secs(40), "earlier tests are gone", || {
+        let phase = "--field-selector=status.phase=Terminating";
+        let left = cluster.kubectl(&["get", "namespaces", phase, "-o", "name"])?;
+        ensure!(left.is_empty(), "{left}");
+        Ok(())
+    })?;
     let pod = cluster.system_pod("ambit-node-agent", NODE_1)?;
     let (restarts, before) = (cluster.restarts(&pod)?, kernel_state(cluster, NODE_1)?);
     let held = stage.mesh("client").hold(&format!("{}:9000", stage.far))?;
