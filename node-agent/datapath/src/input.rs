@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use ipnet::Ipv4Net;
 
-/// Everything [`crate::build`] needs to know about a node.
+/// Everything [`crate::build()`] needs to know about a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeInput {
     /// Devices between host and proxy.
