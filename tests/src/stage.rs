@@ -7,6 +7,7 @@
 //!  outside   stranger host (the node's own network)     remote
 //! ```
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -46,16 +47,25 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// The pods, made if they are not there yet.
+    /// The pods, made if they are not there yet, all of them settled.
     ///
     /// # Errors
     /// If they do not run, or the mesh does not take them.
-    pub fn set() -> Result<Self> {
+    pub fn set() -> Result<&'static Self> {
+        static STAGE: OnceLock<Result<Stage, String>> = OnceLock::new();
+        let stage = STAGE
+            .get_or_init(|| Self::make().map_err(|error| format!("{error:#}")))
+            .as_ref()
+            .map_err(|error| anyhow::anyhow!("{error}"))?;
+        stage.cluster.wait_in_mesh(MESH, Duration::from_secs(30))?;
+        Ok(stage)
+    }
+
+    fn make() -> Result<Self> {
         let cluster = Cluster::current()?;
         cluster.apply(&manifests())?;
         cluster.wait_ready(MESH)?;
         cluster.wait_ready(PLAIN)?;
-        cluster.wait_in_mesh(MESH, Duration::from_secs(30))?;
         let ip = |namespace, pod| cluster.pod_field(namespace, pod, ".status.podIP");
         Ok(Self {
             client: ip(MESH, "client")?,

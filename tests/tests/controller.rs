@@ -40,7 +40,7 @@ fn ensure_refused(answer: Answer, code: Code, words: &str) -> Result<()> {
 fn a_proxy_gets_the_certificate_of_a_workload_of_its_node() -> Result<()> {
     let stage = Stage::set()?;
     let token = proxys_token(&stage.cluster, NODE_1)?;
-    let chain = ask(&stage, Some(&token), &identity("client"))?
+    let chain = ask(stage, Some(&token), &identity("client"))?
         .map_err(|(code, why)| anyhow::anyhow!("{code}: {why}"))?;
     let leaf = chain.first().context("an empty chain")?;
     let mut openssl = std::process::Command::new("openssl");
@@ -61,7 +61,7 @@ fn a_proxy_gets_the_certificate_of_a_workload_of_its_node() -> Result<()> {
 
 #[test]
 fn a_request_without_a_token_is_refused() -> Result<()> {
-    let answer = ask(&Stage::set()?, None, &identity("client"))?;
+    let answer = ask(Stage::set()?, None, &identity("client"))?;
     ensure_refused(answer, Code::Unauthenticated, "token")
 }
 
@@ -71,7 +71,7 @@ fn a_token_for_another_audience_is_refused() -> Result<()> {
     let pod = stage.cluster.system_pod("ambit-proxy", NODE_1)?;
     let token = token(&stage.cluster, "ambit-proxy", None, Some(&pod))?;
     ensure_refused(
-        ask(&stage, Some(&token), &identity("client"))?,
+        ask(stage, Some(&token), &identity("client"))?,
         Code::Unauthenticated,
         "token",
     )
@@ -87,7 +87,7 @@ fn a_token_of_another_service_account_is_refused() -> Result<()> {
         Some(AUDIENCE),
         Some(&pod),
     )?;
-    let answer = ask(&stage, Some(&token), &identity("client"))?;
+    let answer = ask(stage, Some(&token), &identity("client"))?;
     ensure_refused(
         answer,
         Code::Unauthenticated,
@@ -99,7 +99,7 @@ fn a_token_of_another_service_account_is_refused() -> Result<()> {
 fn a_token_that_is_bound_to_no_node_is_refused() -> Result<()> {
     let stage = Stage::set()?;
     let token = token(&stage.cluster, "ambit-proxy", Some(AUDIENCE), None)?;
-    let answer = ask(&stage, Some(&token), &identity("client"))?;
+    let answer = ask(stage, Some(&token), &identity("client"))?;
     ensure_refused(answer, Code::Unauthenticated, "not bound to a pod")
 }
 
@@ -107,14 +107,14 @@ fn a_token_that_is_bound_to_no_node_is_refused() -> Result<()> {
 fn a_proxy_gets_no_certificate_of_a_workload_of_another_node() -> Result<()> {
     let stage = Stage::set()?;
     let token = proxys_token(&stage.cluster, NODE_1)?;
-    let answer = ask(&stage, Some(&token), &identity("far"))?;
+    let answer = ask(stage, Some(&token), &identity("far"))?;
     ensure_refused(
         answer,
         Code::PermissionDenied,
         "no enrolled pod on node node-1",
     )?;
     let token = proxys_token(&stage.cluster, NODE_2)?;
-    let answer = ask(&stage, Some(&token), &identity("far"))?;
+    let answer = ask(stage, Some(&token), &identity("far"))?;
     ensure!(answer.is_ok(), "{answer:?}");
     Ok(())
 }
@@ -126,12 +126,12 @@ fn a_proxy_gets_no_certificate_of_a_pod_outside_the_mesh_or_of_another_trust_dom
     let token = proxys_token(&stage.cluster, NODE_1)?;
     let outside = "spiffe://cluster.local/ns/stage-plain/sa/stranger";
     ensure_refused(
-        ask(&stage, Some(&token), outside)?,
+        ask(stage, Some(&token), outside)?,
         Code::PermissionDenied,
         outside,
     )?;
     let elsewhere = identity("client").replace("cluster.local", "elsewhere.example");
-    let answer = ask(&stage, Some(&token), &elsewhere)?;
+    let answer = ask(stage, Some(&token), &elsewhere)?;
     ensure_refused(answer, Code::PermissionDenied, "elsewhere.example")
 }
 

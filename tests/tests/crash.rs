@@ -15,9 +15,10 @@ use serde_json::json;
 
 const PODTOOL: &str = env!("CARGO_BIN_EXE_podtool");
 
-/// All of Ambit's in the kernel of a node, without counters.
+/// All of Ambit's in the kernel of a node, without counters. Its routes and rules are of protocol 90.
 fn kernel_state(cluster: &Cluster, node: &str) -> Result<String> {
-    let script = "ip rule; ip route show table all; ip -o link | grep istio; ipset list ztunnel-pods-ips; \
+    let script = "ip rule | grep 'proto 90'; ip route show table all proto 90; ip -o link | grep istio; \
+                  ipset list ztunnel-pods-ips; \
                   for table in mangle nat; do iptables-save -t $table | grep ztunnel | sed 's/\\[.*\\]//'; done";
     cluster.on_node(node, &["sh", "-c", script])
 }

@@ -18,7 +18,7 @@ const PODTOOL: &str = env!("CARGO_BIN_EXE_podtool");
 
 /// Speaks HBONE to the proxy of pod `far` from outside the cluster.
 struct Stranger {
-    stage: Stage,
+    stage: &'static Stage,
     since: String,
 }
 
@@ -74,7 +74,7 @@ fn of_the_mesh(stage: &Stage) -> Result<String> {
 #[test]
 fn a_peer_of_the_mesh_is_let_in() -> Result<()> {
     let stranger = Stranger::new()?;
-    let certificate = of_the_mesh(&stranger.stage)?;
+    let certificate = of_the_mesh(stranger.stage)?;
     let seen = stranger.dial(Some(&certificate), &stranger.far(9000))?;
     assert_eq!(seen["status"], 200, "{seen}");
     let received = seen["received"].as_str().unwrap_or_default();
@@ -128,7 +128,7 @@ fn a_peer_of_another_trust_domain_is_refused() -> Result<()> {
 #[test]
 fn a_connect_to_another_pod_than_the_one_dialled_gets_400() -> Result<()> {
     let stranger = Stranger::new()?;
-    let certificate = of_the_mesh(&stranger.stage)?;
+    let certificate = of_the_mesh(stranger.stage)?;
     let authority = format!("{}:9000", stranger.stage.near);
     let seen = stranger.dial(Some(&certificate), &authority)?;
     assert_eq!(seen["status"], 400, "{seen}");
@@ -140,7 +140,7 @@ fn a_connect_to_another_pod_than_the_one_dialled_gets_400() -> Result<()> {
 #[test]
 fn a_connect_to_a_name_gets_400() -> Result<()> {
     let stranger = Stranger::new()?;
-    let certificate = of_the_mesh(&stranger.stage)?;
+    let certificate = of_the_mesh(stranger.stage)?;
     let seen = stranger.dial(Some(&certificate), "far.stage-mesh:9000")?;
     assert_eq!(seen["status"], 400, "{seen}");
     stranger.logged("\"far.stage-mesh:9000\" is no address and port")
@@ -149,7 +149,7 @@ fn a_connect_to_a_name_gets_400() -> Result<()> {
 #[test]
 fn a_connect_to_a_port_that_refuses_gets_503() -> Result<()> {
     let stranger = Stranger::new()?;
-    let certificate = of_the_mesh(&stranger.stage)?;
+    let certificate = of_the_mesh(stranger.stage)?;
     let seen = stranger.dial(Some(&certificate), &stranger.far(9999))?;
     assert_eq!(seen["status"], 503, "{seen}");
     stranger.logged(&stranger.far(9999))
@@ -158,7 +158,7 @@ fn a_connect_to_a_port_that_refuses_gets_503() -> Result<()> {
 #[test]
 fn a_connect_to_the_proxys_own_port_gets_503() -> Result<()> {
     let stranger = Stranger::new()?;
-    let certificate = of_the_mesh(&stranger.stage)?;
+    let certificate = of_the_mesh(stranger.stage)?;
     let seen = stranger.dial(Some(&certificate), &stranger.far(15008))?;
     assert_eq!(seen["status"], 503, "{seen}");
     stranger.logged("port 15008 is the proxy's own")

@@ -1,8 +1,6 @@
 //! The scenarios of the data path, by number: does it succeed, which way did it go, and whom does the
 //! server see. Number 19 is in `withdraw.rs`, number 20 in `crash.rs`.
 
-use std::sync::OnceLock;
-
 use anyhow::{Context, Result, ensure};
 use mesh_tests::cluster::setting;
 use mesh_tests::podtool::{Place, peer_ip};
@@ -12,17 +10,9 @@ use mesh_tests::traffic::ways_of;
 
 const PODTOOL: &str = env!("CARGO_BIN_EXE_podtool");
 
-fn stage() -> Result<&'static Stage> {
-    static STAGE: OnceLock<Result<Stage, String>> = OnceLock::new();
-    STAGE
-        .get_or_init(|| Stage::set().map_err(|error| format!("{error:#}")))
-        .as_ref()
-        .map_err(|error| anyhow::anyhow!("{error}"))
-}
-
 /// What podtool sees, and the ways that were taken.
 fn ways<T>(work: impl FnOnce() -> Result<T>) -> Result<(T, Vec<String>)> {
-    ways_of(&stage()?.cluster, STAGE, work)
+    ways_of(&Stage::set()?.cluster, STAGE, work)
 }
 
 /// podtool in the network namespace of a node, as a process of the host.
@@ -35,7 +25,7 @@ fn on_node(node: &str) -> Result<Place> {
 
 /// podtool in the network namespace of a node's proxy.
 fn in_proxy(node: &str) -> Result<Place> {
-    let cluster = &stage()?.cluster;
+    let cluster = &Stage::set()?.cluster;
     let pod = cluster.system_pod("ambit-proxy", node)?;
     Ok(Place::process(
         process::of_pod(cluster, "ambit-proxy", &pod)?,
@@ -44,21 +34,21 @@ fn in_proxy(node: &str) -> Result<Place> {
 }
 
 fn proxy_ip(node: &str) -> Result<String> {
-    let cluster = &stage()?.cluster;
+    let cluster = &Stage::set()?.cluster;
     let pod = cluster.system_pod("ambit-proxy", node)?;
     cluster.pod_field("ambit-system", &pod, ".status.podIP")
 }
 
 fn service_ip(name: &str) -> Result<String> {
     let path = "jsonpath={.spec.clusterIP}";
-    stage()?
+    Stage::set()?
         .cluster
         .kubectl(&["-n", MESH, "get", "service", name, "-o", path])
 }
 
 #[test]
 fn s01_a_mesh_pod_reaches_a_mesh_pod_of_its_node_through_the_proxy() -> Result<()> {
-    let stage = stage()?;
+    let stage = Stage::set()?;
     let (peer, ways) = ways(|| stage.mesh("client").send(&format!("{}:9000", stage.near)))?;
     assert_eq!(peer, stage.client);
     // Joined sockets on one node: the proxy checks identities, and there is no wire to encrypt.
@@ -71,7 +61,7 @@ fn s01_a_mesh_pod_reaches_a_mesh_pod_of_its_node_through_the_proxy() -> Result<(
 
 #[test]
 fn s02_a_pod_outside_the_mesh_reaches_a_mesh_pod_in_plaintext() -> Result<()> {
-    let stage = stage()?;
+    let stage = Stage::set()?;
     for (from, ip) in [("stranger", &stage.stranger), ("remote", &stage.remote)] {
         let (peer, ways) = ways(|| stage.plain(from).send(&format!("{}:9000", stage.near)))?;
         assert_eq!(peer, *ip);
@@ -87,7 +77,7 @@ fn s02_a_pod_outside_the_mesh_reaches_a_mesh_pod_in_plaintext() -> Result<()> {
 
 #[test]
 fn s03_a_mesh_pod_reaches_a_pod_outside_the_mesh() -> Result<()> {
-    let stage = stage()?;
+    let stage = Stage::set()?;
     for (to, ip) in [("stranger", &stage.stranger), ("remote", &stage.remote)] {
         let (peer, ways) = ways(|| stage.mesh("client").send(&format!("{ip}:9000")))?;
         assert_eq!(peer, stage.client);
@@ -103,7 +93,7 @@ fn s03_a_mesh_pod_reaches_a_pod_outside_the_mesh() -> Result<()> {
 
 #[test]
 fn s04_the_host_reaches_a_mesh_pod_directly() -> Result<()> {
-    let stage = stage()?;
+    let stage = Stage::set()?;
     let status = stage.cluster.ambient_node(NODE_1)?["status"].take();
     let (peer, ways) = ways(|| on_node(NODE_1)?.send(&format!("{}:9000", stage.near)))?;
     assert_eq!(peer, status["hostIP"].as_str().context("status.hostIP")?);
@@ -113,7 +103,7 @@ fn s04_the_host_reaches_a_mesh_pod_directly() -> Result<()> {
 
 #[test]
 fn s05_a_mesh_pod_reaches_a_process_of_its_node_at_the_pod_side_address() -> Result<()> {
-    let stage = stage()?;
+    let stage = Stage::set()?;
     let status = stage.cluster.ambient_node(NODE_1)?["status"].take();
     let host = status["hostIP"].as_str().context("status.hostIP")?;
     let (peer, ways) = ways(|| stage.mesh("client").send(&format!("{host}:19000")))?;
@@ -125,7 +115,7 @@ fn s05_a_mesh_pod_reaches_a_process_of_its_node_at_the_pod_side_address() -> Res
 
 #[test]
 fn s06_a_mesh_pod_reaches_itself_by_its_address_and_by_a_cluster_ip() -> Result<()> {
-    let stage = stage()?;
+    let stage = Stage::set()?;
     let client = stage.mesh("client");
     let (seen, direct) = ways(|| client.run(&["send", "--to", &format!("{}:9000", stage.client)]))?;
     assert_eq!(
@@ -147,7 +137,7 @@ fn s06_a_mesh_pod_reaches_itself_by_its_address_and_by_a_cluster_ip() -> Result<
 
 #[test]
 fn s07_the_proxys_own_traffic_goes_directly() -> Result<()> {
-    let stage = stage()?;
+    let stage = Stage::set()?;
     let (proxy, ip) = (in_proxy(NODE_1)?, proxy_ip(NODE_1)?);
     for to in [&stage.stranger, &stage.remote] {
         let (peer, ways) = ways(|| proxy.send(&format!("{to}:9000")))?;
@@ -168,7 +158,7 @@ fn s08_the_host_reaches_the_proxy_directly() -> Result<()> {
 
 #[test]
 fn s09_a_pod_outside_the_mesh_reaches_the_proxy_directly() -> Result<()> {
-    let stage = stage()?;
+    let stage = Stage::set()?;
     let to = format!("{}:15020", proxy_ip(NODE_1)?);
     for from in ["stranger", "remote"] {
         let (seen, ways) = ways(|| stage.plain(from).run(&["connect", "--to", &to]))?;
@@ -180,7 +170,7 @@ fn s09_a_pod_outside_the_mesh_reaches_the_proxy_directly() -> Result<()> {
 
 #[test]
 fn s10_the_proxy_sees_the_cluster_ip_that_a_mesh_pod_dials() -> Result<()> {
-    let stage = stage()?;
+    let stage = Stage::set()?;
     let to = format!("{}:9000", service_ip("far")?);
     let (peer, ways) = ways(|| stage.mesh("client").send(&to))?;
     assert_eq!(peer, stage.client);
@@ -196,7 +186,7 @@ fn s10_the_proxy_sees_the_cluster_ip_that_a_mesh_pod_dials() -> Result<()> {
 
 #[test]
 fn s11_udp_and_ping_to_and_from_a_mesh_pod_go_directly() -> Result<()> {
-    let stage = stage()?;
+    let stage = Stage::set()?;
     for (from, ip, to) in [
         (stage.mesh("client"), &stage.client, &stage.near),
         (stage.mesh("client"), &stage.client, &stage.far),
@@ -213,7 +203,7 @@ fn s11_udp_and_ping_to_and_from_a_mesh_pod_go_directly() -> Result<()> {
 
 #[test]
 fn s12_a_mesh_pod_reaches_an_address_outside_the_cluster() -> Result<()> {
-    let stage = stage()?;
+    let stage = Stage::set()?;
     let outside = setting("AMBIT_OUTSIDE_IP")?;
     let _serving = Place::outside(PODTOOL)?.serve()?;
     let (peer, ways) = ways(|| stage.mesh("client").send(&format!("{outside}:9000")))?;
@@ -227,7 +217,7 @@ fn s12_a_mesh_pod_reaches_an_address_outside_the_cluster() -> Result<()> {
 
 #[test]
 fn s13_what_comes_to_port_15008_of_a_mesh_pod_meets_its_proxy() -> Result<()> {
-    let stage = stage()?;
+    let stage = Stage::set()?;
     let to = format!("{}:15008", stage.near);
     let authority = format!("{}:9000", stage.near);
     let call = ["hbone", "--to", &to, "--authority", &authority];
@@ -245,7 +235,7 @@ fn s13_what_comes_to_port_15008_of_a_mesh_pod_meets_its_proxy() -> Result<()> {
 
 #[test]
 fn s14_hosts_reach_each_other_directly() -> Result<()> {
-    let stage = stage()?;
+    let stage = Stage::set()?;
     let node_2 = stage.cluster.kubectl(&[
         "get",
         "node",
@@ -261,7 +251,7 @@ fn s14_hosts_reach_each_other_directly() -> Result<()> {
 
 #[test]
 fn s15_a_mesh_pod_reaches_a_process_of_its_node_at_the_nodes_own_address() -> Result<()> {
-    let stage = stage()?;
+    let stage = Stage::set()?;
     let (peer, ways) = ways(|| {
         stage
             .mesh("client")
@@ -274,7 +264,7 @@ fn s15_a_mesh_pod_reaches_a_process_of_its_node_at_the_nodes_own_address() -> Re
 
 /// Completes a TLS handshake with the API server's ClusterIP from a pod; the server's subject.
 fn api_server_seen_from(namespace: &str, pod: &str) -> Result<String> {
-    let cluster = &stage()?.cluster;
+    let cluster = &Stage::set()?.cluster;
     let path = "jsonpath={.spec.clusterIP}";
     let ip = cluster.kubectl(&["get", "service", "kubernetes", "-o", path])?;
     let script = format!("openssl s_client -connect {ip}:443 </dev/null 2>&1 | grep '^subject='");
@@ -309,7 +299,7 @@ fn s17_a_pod_outside_the_mesh_reaches_the_api_server_directly() -> Result<()> {
 
 #[test]
 fn s18_a_cluster_ip_without_endpoints_is_refused_at_once() -> Result<()> {
-    let stage = stage()?;
+    let stage = Stage::set()?;
     let to = format!("{}:9000", service_ip("nobody")?);
     let seen = stage
         .mesh("client")
@@ -324,7 +314,7 @@ fn s18_a_cluster_ip_without_endpoints_is_refused_at_once() -> Result<()> {
 
 #[test]
 fn s21_a_mesh_pod_reaches_a_mesh_pod_of_another_node_over_hbone() -> Result<()> {
-    let stage = stage()?;
+    let stage = Stage::set()?;
     let (peer, ways) = ways(|| stage.mesh("client").send(&format!("{}:9000", stage.far)))?;
     assert_eq!(peer, stage.client);
     assert_eq!(
@@ -340,7 +330,7 @@ fn s21_a_mesh_pod_reaches_a_mesh_pod_of_another_node_over_hbone() -> Result<()> 
 #[test]
 fn s22_large_bodies_half_closes_and_single_bytes_arrive_whole() -> Result<()> {
     const GIB: u64 = 1 << 30;
-    let stage = stage()?;
+    let stage = Stage::set()?;
     let client = stage.mesh("client");
     for server in [&stage.near, &stage.far] {
         client.run(&["half-close", "--to", &format!("{server}:9001")])?;
