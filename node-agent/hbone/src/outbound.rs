@@ -165,7 +165,7 @@ async fn try_all(
             // Not reached: there is at least one way, and the last one's error is returned.
             return Err(OutboundError::UnknownSource);
         };
-        describe_upstream(facts, &upstream);
+        describe_upstream(facts, &upstream, shared.local_by_tunnel());
         match try_one(shared, source, facts, &upstream).await {
             Err(error) if upstreams.peek().is_some() => {
                 tracing::debug!(endpoint = %upstream.endpoint(), error = %with_causes(&error), "trying another endpoint");
@@ -175,11 +175,13 @@ async fn try_all(
     }
 }
 
-fn describe_upstream(facts: &mut Facts, upstream: &Upstream) {
+fn describe_upstream(facts: &mut Facts, upstream: &Upstream, local_by_tunnel: bool) {
     facts.destination_workload = upstream.workload().cloned();
     (facts.destination_identity, facts.mutual_tls) = match upstream {
         Upstream::Hbone { identity, .. } => (Some(identity.clone()), true),
-        Upstream::Local { destination, .. } => (Some(destination.identity.clone()), false),
+        Upstream::Local { destination, .. } => {
+            (Some(destination.identity.clone()), local_by_tunnel)
+        }
         Upstream::Plain { .. } => (None, false),
     };
 }
