@@ -1,11 +1,16 @@
 //! The data path in a real kernel, in network namespaces, read back with other tools.
+//!
+//! Tests named `geneve_…` need a kernel with that driver: `tests/run-rings` runs them here if this
+//! one has it, and in a guest with Debian's kernel if not.
 #![allow(clippy::unwrap_used, reason = "this is a test")]
 
 mod bed;
 
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::PathBuf;
 
-use bed::{Bed, HOST, PROXY, input};
+use bed::{Bed, HOST, PODS, PROXY, input_with};
 use datapath::{
     Datapath, FailureMode, IptablesBackend, Kernel, LinuxKernel, NodeInput, TunnelKind, build, plan,
 };
@@ -44,9 +49,19 @@ const BACKENDS: [IptablesBackend; 2] = [IptablesBackend::Nft, IptablesBackend::L
 
 #[tokio::test]
 async fn the_kernel_holds_what_was_planned_and_a_second_plan_is_empty() {
+    holds_what_was_planned(TunnelKind::Veth).await;
+}
+
+#[tokio::test]
+#[ignore = "needs a kernel with geneve: ring 5"]
+async fn geneve_the_kernel_holds_what_was_planned_and_a_second_plan_is_empty() {
+    holds_what_was_planned(TunnelKind::Geneve).await;
+}
+
+async fn holds_what_was_planned(kind: TunnelKind) {
     for backend in BACKENDS {
         let bed = Bed::new(backend);
-        attached(&bed, &input(2)).await;
+        attached(&bed, &input_with(kind, 2)).await;
         let rules = bed.run("host", "ip rule");
         for line in [
             "100:\tfrom all fwmark 0x200/0x200 goto 32766",
@@ -98,14 +113,24 @@ async fn the_kernel_holds_what_was_planned_and_a_second_plan_is_empty() {
 
 #[tokio::test]
 async fn removal_leaves_the_host_byte_for_byte_as_before() {
+    removal_leaves_nothing(TunnelKind::Veth).await;
+}
+
+#[tokio::test]
+#[ignore = "needs a kernel with geneve: ring 5"]
+async fn geneve_removal_leaves_the_host_byte_for_byte_as_before() {
+    removal_leaves_nothing(TunnelKind::Geneve).await;
+}
+
+async fn removal_leaves_nothing(kind: TunnelKind) {
     for backend in BACKENDS {
         let bed = Bed::new(backend);
         // Reading a table loads it, which is no trace of ours.
         bed.save("host");
         bed.run("host", "iptables-nft -t mangle -S; iptables-nft -t nat -S");
         let before = bed.dump();
-        let desired = build(&input(2));
-        let kernel = attached(&bed, &input(2)).await;
+        let desired = build(&input_with(kind, 2));
+        let kernel = attached(&bed, &input_with(kind, 2)).await;
         assert_ne!(before, bed.dump());
         converge(&kernel, &Datapath::default(), &desired).await;
         assert_eq!(before, bed.dump());
@@ -114,10 +139,20 @@ async fn removal_leaves_the_host_byte_for_byte_as_before() {
 
 #[tokio::test]
 async fn whatever_is_deleted_by_hand_comes_back() {
+    deleted_comes_back(TunnelKind::Veth).await;
+}
+
+#[tokio::test]
+#[ignore = "needs a kernel with geneve: ring 5"]
+async fn geneve_whatever_is_deleted_by_hand_comes_back() {
+    deleted_comes_back(TunnelKind::Geneve).await;
+}
+
+async fn deleted_comes_back(kind: TunnelKind) {
     for backend in BACKENDS {
         let bed = Bed::new(backend);
-        let desired = build(&input(2));
-        let kernel = attached(&bed, &input(2)).await;
+        let desired = build(&input_with(kind, 2));
+        let kernel = attached(&bed, &input_with(kind, 2)).await;
         let whole = bed.dump();
         let iptables = match backend {
             IptablesBackend::Nft => "iptables-nft",
@@ -162,8 +197,18 @@ fn sorted(text: &str) -> Vec<String> {
 
 #[tokio::test]
 async fn without_a_proxy_closed_leaves_only_unreachable_routes() {
+    closed_without_a_proxy(TunnelKind::Veth).await;
+}
+
+#[tokio::test]
+#[ignore = "needs a kernel with geneve: ring 5"]
+async fn geneve_without_a_proxy_closed_leaves_only_unreachable_routes() {
+    closed_without_a_proxy(TunnelKind::Geneve).await;
+}
+
+async fn closed_without_a_proxy(kind: TunnelKind) {
     let bed = Bed::new(IptablesBackend::Nft);
-    let mut gone = input(2);
+    let mut gone = input_with(kind, 2);
     let kernel = attached(&bed, &gone).await;
     gone.proxy = None;
     converge(&kernel, &build(&gone), &build(&gone)).await;
@@ -189,8 +234,18 @@ async fn without_a_proxy_closed_leaves_only_unreachable_routes() {
 
 #[tokio::test]
 async fn without_a_proxy_open_lets_traffic_go_directly() {
+    open_without_a_proxy(TunnelKind::Veth).await;
+}
+
+#[tokio::test]
+#[ignore = "needs a kernel with geneve: ring 5"]
+async fn geneve_without_a_proxy_open_lets_traffic_go_directly() {
+    open_without_a_proxy(TunnelKind::Geneve).await;
+}
+
+async fn open_without_a_proxy(kind: TunnelKind) {
     let bed = Bed::new(IptablesBackend::Nft);
-    let mut gone = input(2);
+    let mut gone = input_with(kind, 2);
     let kernel = attached(&bed, &gone).await;
     gone.proxy = None;
     gone.failure_mode = FailureMode::Open;
@@ -227,9 +282,7 @@ async fn a_proxys_namespace_is_found_from_both_sides() {
 async fn geneve_is_made_where_the_kernel_has_it_and_named_where_not() {
     let bed = Bed::new(IptablesBackend::Nft);
     let facts = datapath::facts::find(&bed.netns("host")).await.unwrap();
-    let mut geneve = input(1);
-    geneve.tunnel.kind = TunnelKind::Geneve;
-    geneve.tunnel.mtu = 1450;
+    let geneve = input_with(TunnelKind::Geneve, 1);
     let mut kernel = kernel(&bed);
     kernel.attach(bed.netns("proxy")).unwrap();
     let desired = build(&geneve);
@@ -247,5 +300,121 @@ async fn geneve_is_made_where_the_kernel_has_it_and_named_where_not() {
             message.contains("modprobe geneve") && message.contains("spec.tunnel.type: Veth"),
             "{message}"
         );
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs a kernel with geneve: ring 5"]
+async fn geneve_devices_are_those_of_the_configuration_on_both_ends() {
+    let bed = Bed::new(IptablesBackend::Nft);
+    let mut input = input_with(TunnelKind::Geneve, 1);
+    let kernel = attached(&bed, &input).await;
+    assert_geneve(&bed, &input);
+
+    let before = build(&input);
+    input.tunnel.port = 6082;
+    input.tunnel.mtu = 1400;
+    input.tunnel.inbound.vni = 2000;
+    input.tunnel.outbound.vni = 2001;
+    converge(&kernel, &build(&input), &before).await;
+    assert_geneve(&bed, &input);
+}
+
+/// Checks what iproute2 says of the four devices.
+fn assert_geneve(bed: &Bed, input: &NodeInput) {
+    let tunnel = &input.tunnel;
+    let (proxy, host) = (PROXY.to_string(), HOST.to_owned());
+    for (netns, device, vni, remote) in [
+        ("host", "istioin", tunnel.inbound.vni, &proxy),
+        ("host", "istioout", tunnel.outbound.vni, &proxy),
+        ("proxy", "pistioin", tunnel.inbound.vni, &host),
+        ("proxy", "pistioout", tunnel.outbound.vni, &host),
+    ] {
+        let shown = bed.run(netns, &format!("ip -d link show {device}"));
+        for words in [
+            format!("mtu {} ", tunnel.mtu),
+            format!("geneve id {vni} remote {remote} "),
+            format!("dstport {} ", tunnel.port),
+            "UP".to_owned(),
+        ] {
+            assert!(shown.contains(&words), "{words} is not in\n{shown}");
+        }
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs a kernel with geneve: ring 5"]
+async fn geneve_becomes_veth_and_geneve_again() {
+    let bed = Bed::new(IptablesBackend::Nft);
+    let [geneve, veth] =
+        [TunnelKind::Geneve, TunnelKind::Veth].map(|kind| build(&input_with(kind, 2)));
+    let kernel = attached(&bed, &input_with(TunnelKind::Geneve, 2)).await;
+    converge(&kernel, &veth, &geneve).await;
+    let shown = bed.run("host", "ip -d link show istioin");
+    assert!(shown.contains(" veth "), "{shown}");
+    converge(&kernel, &geneve, &veth).await;
+    assert_geneve(&bed, &input_with(TunnelKind::Geneve, 2));
+}
+
+#[tokio::test]
+#[ignore = "needs a kernel with geneve: ring 5"]
+async fn geneve_ends_deleted_in_the_proxys_namespace_come_back() {
+    let bed = Bed::new(IptablesBackend::Nft);
+    let input = input_with(TunnelKind::Geneve, 1);
+    let kernel = attached(&bed, &input).await;
+    for vandal in [
+        "ip link delete pistioin",
+        "ip link set pistioout down",
+        "ip link set pistioout mtu 1300",
+    ] {
+        bed.run("proxy", vandal);
+        converge(&kernel, &build(&input), &build(&input)).await;
+        assert_geneve(&bed, &input);
+    }
+}
+
+#[tokio::test]
+async fn connections_from_and_to_mesh_pods_meet_the_proxy() {
+    connections_meet_the_proxy(TunnelKind::Veth).await;
+}
+
+#[tokio::test]
+#[ignore = "needs a kernel with geneve: ring 5"]
+async fn geneve_connections_from_and_to_mesh_pods_meet_the_proxy() {
+    connections_meet_the_proxy(TunnelKind::Geneve).await;
+}
+
+async fn connections_meet_the_proxy(kind: TunnelKind) {
+    for backend in BACKENDS {
+        let bed = Bed::new(backend);
+        attached(&bed, &input_with(kind, 1)).await;
+        let [mesh, outside] = PODS;
+        // The proxy's answers come from there, and the host takes none from where it has no route to.
+        let elsewhere = Ipv4Addr::new(203, 0, 113, 7);
+        bed.run(
+            "host",
+            &format!("ip route add {elsewhere} via {outside} dev vb onlink"),
+        );
+        for (from, source, to, port, tunnel, listening) in [
+            ("a", mesh, elsewhere, 80, "istioout", 15001),
+            ("b", outside, mesh, 80, "istioin", 15006),
+            ("b", outside, mesh, 15008, "istioin", 15008),
+        ] {
+            let listener = bed.listen_transparently("proxy", listening);
+            let to = SocketAddrV4::new(to, port);
+            let sent = bed.sent_over(tunnel);
+            let mut client = bed.connect(from, to);
+            let (mut server, peer) = listener.accept().unwrap();
+            assert_eq!(
+                (peer.ip(), server.local_addr().unwrap()),
+                (source.into(), to.into())
+            );
+            assert!(bed.sent_over(tunnel) > sent, "nothing went over {tunnel}");
+            server.write_all(b"met").unwrap();
+            drop(server);
+            let mut heard = String::new();
+            client.read_to_string(&mut heard).unwrap();
+            assert_eq!(heard, "met");
+        }
     }
 }

@@ -1,13 +1,15 @@
 //! A node in network namespaces of its own: a host, pods behind veth pairs, a proxy pod.
 #![allow(dead_code, reason = "whoever uses it uses a part of it")]
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use datapath::input::{InnerNetwork, Marks, Ports, Proxy, Tunnel, TunnelEnd};
 use datapath::netns::Netns;
 use datapath::{FailureMode, IptablesBackend, MeshPod, NodeInput, TunnelKind};
+use nix::sys::socket::{setsockopt, sockopt};
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
@@ -106,6 +108,36 @@ impl Bed {
             .success()
     }
 
+    /// A listener for connections to any address, as the proxy has them.
+    pub(crate) fn listen_transparently(&self, name: &str, port: u16) -> TcpListener {
+        let listen = || {
+            let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap();
+            setsockopt(&listener, sockopt::IpTransparent, &true).unwrap();
+            listener
+        };
+        self.netns(name).run(listen).unwrap()
+    }
+
+    /// A connection from a namespace.
+    pub(crate) fn connect(&self, name: &str, to: SocketAddrV4) -> TcpStream {
+        let connect = || TcpStream::connect_timeout(&to.into(), Duration::from_secs(10));
+        let connected = self.netns(name).run(connect).unwrap();
+        assert!(connected.is_ok(), "{name} to {to}: {connected:?}");
+        connected.unwrap()
+    }
+
+    /// How many packets the host has sent over a device.
+    pub(crate) fn sent_over(&self, device: &str) -> u64 {
+        let counters = self.run("host", &format!("grep {device}: /proc/net/dev"));
+        // The device, eight counters of what came, bytes sent, packets sent.
+        counters
+            .split_whitespace()
+            .nth(10)
+            .unwrap()
+            .parse()
+            .unwrap()
+    }
+
     pub(crate) fn save(&self, name: &str) -> String {
         let program = match self.backend {
             IptablesBackend::Nft => "iptables-nft-save",
@@ -149,6 +181,18 @@ pub(crate) fn sh(script: &str) -> String {
         String::from_utf8_lossy(&output.stderr)
     );
     printed
+}
+
+/// The node's input with this many pods and tunnels of this kind.
+pub(crate) fn input_with(kind: TunnelKind, pods: usize) -> NodeInput {
+    let mut input = input(pods);
+    input.tunnel.kind = kind;
+    input.tunnel.mtu = match kind {
+        // Outer Ethernet, IPv4, UDP and geneve: what the kernel itself takes off.
+        TunnelKind::Geneve => 1450,
+        TunnelKind::Veth => 1500,
+    };
+    input
 }
 
 /// The node's input with this many pods.
