@@ -8,6 +8,7 @@ use mesh_tests::guard::Namespace;
 use mesh_tests::manifest::{self, Pod};
 use mesh_tests::stage::{MESH, NODE_1, NODE_2, STAGE, Stage};
 use mesh_tests::traffic::ways_of;
+use mesh_tests::wait::eventually;
 
 #[test]
 fn http_1_keeps_its_connection_through_the_mesh() -> Result<()> {
@@ -60,6 +61,7 @@ fn redis_from_debian_serves_a_client_of_another_node() -> Result<()> {
     let name = namespace.name.as_str();
     let redis = Pod {
         command: Some("[redis-server, --port, '6379', --protected-mode, 'no', --save, '']"),
+        probe: Some("{tcpSocket: {port: 6379}, periodSeconds: 1}"),
         ..Pod::new(name, "redis", NODE_2)
     };
     cluster.apply(&(redis.manifests() + &Pod::new(name, "client", NODE_1).manifests()))?;
@@ -71,8 +73,12 @@ fn redis_from_debian_serves_a_client_of_another_node() -> Result<()> {
         all.extend(command);
         cluster.exec(name, "client", &all)?.success()
     };
-    let ((), ways) = ways_of(&cluster, name, || {
+    // A Service has no endpoint in the client's proxy until the news that its pod is ready got there.
+    eventually(Duration::from_secs(10), "the Service answers", || {
         ensure!(redis(&["ping"])? == "PONG\n");
+        Ok(())
+    })?;
+    let ((), ways) = ways_of(&cluster, name, || {
         ensure!(redis(&["set", "key", "value"])? == "OK\n");
         ensure!(redis(&["get", "key"])? == "value\n");
         // A pipeline of writes and reads on fifty connections.
