@@ -8,44 +8,12 @@ mod bed;
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::path::PathBuf;
 
+use bed::converge::{BACKENDS, attached, converge, kernel};
 use bed::{Bed, HOST, PODS, PROXY, input_with};
 use datapath::{
-    Datapath, FailureMode, IptablesBackend, Kernel, LinuxKernel, NodeInput, TunnelKind, build, plan,
+    Datapath, FailureMode, IptablesBackend, Kernel, NodeInput, TunnelKind, build, plan,
 };
-
-fn kernel(bed: &Bed) -> LinuxKernel {
-    LinuxKernel::in_namespace(
-        bed.netns("host"),
-        bed.backend,
-        PathBuf::from("/proc/sys/net"),
-    )
-    .unwrap()
-}
-
-/// Brings the kernel to the desired state and checks that nothing is left to do.
-async fn converge(kernel: &LinuxKernel, desired: &Datapath, interest: &Datapath) {
-    let observed = kernel.observe(interest).await.unwrap();
-    let steps = plan(desired, &observed);
-    kernel.apply(&steps).await.unwrap();
-    let observed = kernel.observe(interest).await.unwrap();
-    let again = plan(desired, &observed);
-    assert!(
-        again.is_empty(),
-        "after\n{steps}there is still to do\n{again}"
-    );
-}
-
-async fn attached(bed: &Bed, input: &NodeInput) -> LinuxKernel {
-    let mut kernel = kernel(bed);
-    kernel.attach(bed.netns("proxy")).unwrap();
-    let desired = build(input);
-    converge(&kernel, &desired, &desired).await;
-    kernel
-}
-
-const BACKENDS: [IptablesBackend; 2] = [IptablesBackend::Nft, IptablesBackend::Legacy];
 
 #[tokio::test]
 async fn the_kernel_holds_what_was_planned_and_a_second_plan_is_empty() {

@@ -1,6 +1,9 @@
 //! A node in network namespaces of its own: a host, pods behind veth pairs, a proxy pod.
 #![allow(dead_code, reason = "whoever uses it uses a part of it")]
 
+pub(crate) mod converge;
+pub(crate) mod read;
+
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
