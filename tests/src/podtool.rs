@@ -1,6 +1,7 @@
 //! `podtool` where the traffic starts: in a pod, or in a network namespace of this machine.
 
 use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
@@ -152,10 +153,10 @@ pub fn peer_ip(seen: &Value) -> Result<String> {
     let peer = seen["peer"]
         .as_str()
         .with_context(|| format!("no peer in {seen}"))?;
-    let (ip, _) = peer
-        .rsplit_once(':')
-        .with_context(|| format!("no port in {peer}"))?;
-    Ok(ip.to_owned())
+    let peer: SocketAddr = peer
+        .parse()
+        .with_context(|| format!("no address and port: {peer}"))?;
+    Ok(peer.ip().to_string())
 }
 
 /// A connection that is in use all the time.

@@ -1,5 +1,7 @@
 //! The server: reads, and sends back what it is asked to.
 
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+
 use anyhow::{Context, Result, bail};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -9,10 +11,10 @@ use crate::tls;
 
 /// Serves both ports until the process ends.
 pub(crate) async fn serve(plain: u16, tls: u16) -> Result<()> {
-    let plain = TcpListener::bind(("0.0.0.0", plain))
+    let plain = TcpListener::bind(&any(plain)[..])
         .await
         .context("listen for plain TCP")?;
-    let encrypted = TcpListener::bind(("0.0.0.0", tls))
+    let encrypted = TcpListener::bind(&any(tls)[..])
         .await
         .context("listen for TLS")?;
     let acceptor = tls::acceptor()?;
@@ -35,6 +37,14 @@ pub(crate) async fn serve(plain: u16, tls: u16) -> Result<()> {
             }
         }
     }
+}
+
+/// The first is of both families; the second is for a kernel without IPv6.
+fn any(port: u16) -> [SocketAddr; 2] {
+    [
+        (Ipv6Addr::UNSPECIFIED, port).into(),
+        (Ipv4Addr::UNSPECIFIED, port).into(),
+    ]
 }
 
 fn prepared(stream: TcpStream) -> TcpStream {

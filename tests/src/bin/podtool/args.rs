@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use clap::{Args, Parser, Subcommand};
 use http::Uri;
@@ -98,7 +98,7 @@ pub(crate) enum Command {
     Ping {
         /// Address.
         #[arg(long)]
-        to: Ipv4Addr,
+        to: IpAddr,
     },
     /// Looks a name up.
     Resolve {

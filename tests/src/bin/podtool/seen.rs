@@ -15,6 +15,8 @@ pub(crate) struct Seen {
 
 impl Seen {
     pub(crate) fn new(peer: SocketAddr) -> Self {
+        // A socket of both families shows an IPv4 client by an IPv4-mapped address.
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         // Kubelet gives every container the pod's name as its host name, and containerd exports it.
         let pod = std::env::var("HOSTNAME").unwrap_or_default();
         Self { peer, pod }

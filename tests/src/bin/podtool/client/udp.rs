@@ -1,16 +1,25 @@
 //! A UDP client.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use tokio::net::UdpSocket;
+use tokio::net::{UdpSocket, lookup_host};
 
 /// Sends a datagram and reads the answer.
 pub(super) async fn send(to: &str, text: &str) -> Result<Value> {
-    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await?;
+    let server = lookup_host(to)
+        .await
+        .with_context(|| format!("look {to} up"))?
+        .next()
+        .with_context(|| format!("{to} has no address"))?;
+    let any: SocketAddr = match server {
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    };
+    let socket = UdpSocket::bind(any).await?;
     socket
-        .connect(to)
+        .connect(server)
         .await
         .with_context(|| format!("the way to {to}"))?;
     socket.send(text.as_bytes()).await?;

@@ -10,12 +10,12 @@ use crate::seen::Seen;
 pub(super) async fn serve(socket: UdpSocket) -> Result<()> {
     let mut buffer = vec![0; 65536];
     loop {
-        let (length, peer) = socket.recv_from(&mut buffer).await?;
-        let Seen { peer, pod } = Seen::new(peer);
+        let (length, sender) = socket.recv_from(&mut buffer).await?;
+        let Seen { peer, pod } = Seen::new(sender);
         let text = String::from_utf8_lossy(&buffer[..length]);
         let answer = json!({"peer": peer, "pod": pod, "echo": text}).to_string();
         // The sender may have gone; the next one must still be served.
-        if let Err(error) = socket.send_to(answer.as_bytes(), peer).await {
+        if let Err(error) = socket.send_to(answer.as_bytes(), sender).await {
             eprintln!("{peer}: {error}");
         }
     }
