@@ -267,16 +267,29 @@ impl Cluster {
         self.try_kubectl(&all, "")
     }
 
-    /// Runs a program in the network namespace of `node`, as its administrator would there.
+    /// Runs a program on `node`, as its administrator would there.
     ///
     /// # Errors
     /// If it cannot be started or fails.
     pub fn on_node(&self, node: &str, arguments: &[&str]) -> Result<String> {
-        let net = format!("--net=/run/netns/{}", setting("AMBIT_NETNS_PREFIX")? + node);
-        let mut all = vec![net.as_str()];
-        all.extend(arguments);
-        command::output("nsenter", &all)
+        let mut all = node_words(node)?;
+        all.extend(arguments.iter().map(|&argument| argument.to_owned()));
+        command::run(Command::new(&all[0]).args(&all[1..]), "")?
+            .success()
+            .with_context(|| format!("on {node}: {}", arguments.join(" ")))
     }
+}
+
+/// The command line in front of a command that is to run on `node`.
+///
+/// # Errors
+/// If there is no cluster.
+pub fn node_words(node: &str) -> Result<Vec<String>> {
+    Ok(vec![
+        setting("AMBIT_ENTER")?,
+        setting("AMBIT_CLUSTER_NAME")?,
+        node.to_owned(),
+    ])
 }
 
 /// The objects of a list.

@@ -1,4 +1,4 @@
-//! `podtool` where the traffic starts: in a pod, or in a network namespace of this machine.
+//! `podtool` where the traffic starts: in a pod, on a node, or in a network namespace of this machine.
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
@@ -8,8 +8,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::cluster::{Cluster, setting};
+use crate::cluster::{Cluster, node_words, setting};
 use crate::command;
+use crate::process::Process;
 
 /// Where `podtool` runs.
 #[derive(Clone, Debug)]
@@ -37,22 +38,25 @@ impl Place {
         }
     }
 
-    /// A network namespace with a name; `binary` is podtool's file on this machine.
-    #[must_use]
-    pub fn namespace(name: &str, binary: &str) -> Self {
-        let words = ["nsenter", &format!("--net=/run/netns/{name}"), binary];
-        Self {
-            prefix: words.map(str::to_owned).to_vec(),
-        }
+    /// A node, as a process of its own; `binary` is podtool's file, which nodes see too.
+    ///
+    /// # Errors
+    /// If there is no cluster.
+    pub fn node(node: &str, binary: &str) -> Result<Self> {
+        let mut prefix = node_words(node)?;
+        prefix.push(binary.to_owned());
+        Ok(Self { prefix })
     }
 
-    /// The network namespace of a process.
-    #[must_use]
-    pub fn process(pid: u32, binary: &str) -> Self {
-        let words = ["nsenter", &format!("--net=/proc/{pid}/ns/net"), binary];
-        Self {
-            prefix: words.map(str::to_owned).to_vec(),
-        }
+    /// The network namespace of a process of a node.
+    ///
+    /// # Errors
+    /// If there is no cluster.
+    pub fn process(process: &Process, binary: &str) -> Result<Self> {
+        let mut prefix = node_words(&process.node)?;
+        let net = format!("--net=/proc/{}/ns/net", process.pid);
+        prefix.extend(["nsenter", &net, binary].map(str::to_owned));
+        Ok(Self { prefix })
     }
 
     /// The namespace on the nodes' network that is outside the cluster.
@@ -60,7 +64,10 @@ impl Place {
     /// # Errors
     /// If the cluster has none.
     pub fn outside(binary: &str) -> Result<Self> {
-        Ok(Self::namespace(&setting("AMBIT_OUTSIDE_NETNS")?, binary))
+        let net = format!("--net=/run/netns/{}", setting("AMBIT_OUTSIDE_NETNS")?);
+        Ok(Self {
+            prefix: ["nsenter", &net, binary].map(str::to_owned).to_vec(),
+        })
     }
 
     /// Runs a client to its end; what it saw, or its error in the field `error`.

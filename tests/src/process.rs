@@ -1,37 +1,45 @@
-//! Processes of Ambit's programs on this machine, found by the pod whose cgroup they are in.
-
-use std::fs;
+//! Processes of Ambit's programs, found on their node by the pod whose cgroup they are in.
 
 use anyhow::{Context, Result};
 
 use crate::cluster::{Cluster, SYSTEM};
-use crate::command;
 
 /// Name of a program's DaemonSet or Deployment, of its container without `ambit-`, and of its file.
 pub type Program = &'static str;
 
-/// Process id of the program in a pod of Ambit's namespace.
+/// A process of a node.
+#[derive(Clone, Debug)]
+pub struct Process {
+    /// The node's name.
+    pub node: String,
+    /// The id it has there.
+    pub pid: u32,
+}
+
+/// The ids of the processes in the cgroups of a pod, and the file that each one runs.
+const LIST: &str = r#"
+for found in $(grep -l -e "$1" /proc/[0-9]*/cgroup 2>/dev/null); do
+  process=${found%/cgroup}
+  echo "${process#/proc/} $(readlink "$process/exe")"
+done
+"#;
+
+/// The process of the program in a pod of Ambit's namespace.
 ///
 /// # Errors
 /// If none runs.
-pub fn of_pod(cluster: &Cluster, program: Program, pod: &str) -> Result<u32> {
+pub fn of_pod(cluster: &Cluster, program: Program, pod: &str) -> Result<Process> {
+    let node = cluster.pod_field(SYSTEM, pod, ".spec.nodeName")?;
     let uid = cluster.pod_field(SYSTEM, pod, ".metadata.uid")?;
-    for entry in fs::read_dir("/proc")? {
-        let path = entry?.path();
-        let name = path
-            .file_name()
-            .map(|name| name.to_string_lossy().into_owned());
-        let Some(pid) = name.and_then(|name| name.parse().ok()) else {
-            continue;
-        };
-        // A process may end between the listing and the reading.
-        let read = |file: &str| fs::read_to_string(path.join(file)).unwrap_or_default();
-        let file = fs::read_link(path.join("exe")).unwrap_or_default();
-        if file.ends_with(program) && read("cgroup").contains(&uid) {
-            return Ok(pid);
-        }
-    }
-    anyhow::bail!("no process of {program} runs in pod {pod}")
+    let list = cluster.on_node(&node, &["sh", "-c", LIST, "sh", &uid])?;
+    let pid = list
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .find(|(_, file)| file.ends_with(&format!("/{program}")))
+        .with_context(|| format!("no process of {program} runs in pod {pod}"))?
+        .0
+        .parse()?;
+    Ok(Process { node, pid })
 }
 
 /// Kills the program of a pod, as the kernel would when memory runs out.
@@ -39,8 +47,9 @@ pub fn of_pod(cluster: &Cluster, program: Program, pod: &str) -> Result<u32> {
 /// # Errors
 /// If it does not run.
 pub fn kill(cluster: &Cluster, program: Program, pod: &str) -> Result<()> {
-    let pid = of_pod(cluster, program, pod)?;
-    command::output("kill", &["-KILL", &pid.to_string()])
+    let Process { node, pid } = of_pod(cluster, program, pod)?;
+    cluster
+        .on_node(&node, &["kill", "-KILL", &pid.to_string()])
         .with_context(|| format!("kill {program} of {pod}"))
         .map(drop)
 }

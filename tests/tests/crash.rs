@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use mesh_tests::capture::Capture;
-use mesh_tests::cluster::{Cluster, SYSTEM, items, setting};
+use mesh_tests::cluster::{Cluster, SYSTEM, items};
 use mesh_tests::guard::{Namespace, Undo};
 use mesh_tests::manifest::Pod;
 use mesh_tests::podtool::Place;
@@ -145,8 +145,7 @@ fn s20_without_a_proxy_mesh_traffic_fails_at_once_and_never_leaves_in_the_clear(
         );
     }
     // Kubelet's way to its pods, and pods outside the mesh, do not depend on the proxy.
-    let node = setting("AMBIT_NETNS_PREFIX")? + NODE_1;
-    Place::namespace(&node, PODTOOL).send(&format!("{}:9000", stage.near))?;
+    Place::node(NODE_1, PODTOOL)?.send(&format!("{}:9000", stage.near))?;
     Place::pod(cluster, PLAIN, "stranger").send(&format!("{}:9000", stage.remote))?;
     let ready = cluster.condition(NODE_1, "ProxyAttached")?;
     ensure!(

@@ -15,22 +15,16 @@ fn ways<T>(work: impl FnOnce() -> Result<T>) -> Result<(T, Vec<String>)> {
     ways_of(&Stage::set()?.cluster, STAGE, work)
 }
 
-/// podtool in the network namespace of a node, as a process of the host.
+/// podtool on a node, as a process of the host.
 fn on_node(node: &str) -> Result<Place> {
-    Ok(Place::namespace(
-        &(setting("AMBIT_NETNS_PREFIX")? + node),
-        PODTOOL,
-    ))
+    Place::node(node, PODTOOL)
 }
 
 /// podtool in the network namespace of a node's proxy.
 fn in_proxy(node: &str) -> Result<Place> {
     let cluster = &Stage::set()?.cluster;
     let pod = cluster.system_pod("ambit-proxy", node)?;
-    Ok(Place::process(
-        process::of_pod(cluster, "ambit-proxy", &pod)?,
-        PODTOOL,
-    ))
+    Place::process(&process::of_pod(cluster, "ambit-proxy", &pod)?, PODTOOL)
 }
 
 fn proxy_ip(node: &str) -> Result<String> {
