@@ -98,10 +98,14 @@ pub struct TunnelEndSpec {
     /// Virtual network identifier, 24 bits (RFC 8926).
     #[schemars(range(min = 1, max = 16_777_215))]
     pub vni: u32,
-    /// Inner network; its first host address is the host's, its second the proxy's.
+    /// Inner network of IPv4; its first host address is the host's, its second the proxy's.
     #[schemars(length(max = 18))]
     #[schemars(extend("x-kubernetes-validations" = validation::network()))]
     pub cidr: String,
+    /// Inner network of IPv6, used on nodes whose pods have IPv6 addresses.
+    #[schemars(length(max = 43))]
+    #[schemars(extend("x-kubernetes-validations" = validation::ipv6_network()))]
+    pub ipv6_cidr: String,
 }
 
 /// Kind of tunnel device.
@@ -300,10 +304,12 @@ impl Default for TunnelSpec {
             inbound: TunnelEndSpec {
                 vni: 1000,
                 cidr: "192.168.126.0/30".to_owned(),
+                ipv6_cidr: "fd61:6d62:6974:126::/126".to_owned(),
             },
             outbound: TunnelEndSpec {
                 vni: 1001,
                 cidr: "192.168.127.0/30".to_owned(),
+                ipv6_cidr: "fd61:6d62:6974:127::/126".to_owned(),
             },
             mtu: None,
         }

@@ -57,7 +57,7 @@ pub const WORKLOADS_PENDING: &str = "WorkloadsPending";
 
 /// The proxy failed to prepare for it, for example it got no certificate.
 pub const PROXY_FAILED: &str = "ProxyFailed";
-/// It has no IPv4 address.
-pub const NO_IPV4_ADDRESS: &str = "NoIPv4Address";
+/// It has no address that can be used.
+pub const NO_ADDRESS: &str = "NoAddress";
 /// Its route or set member is not in the kernel yet.
 pub const NOT_APPLIED: &str = "NotApplied";

@@ -2,15 +2,19 @@
 //! check of the spec is here.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use crds::{AmbientNodeSpec, TunnelEndSpec, Workload, WorkloadNote, reasons};
 use datapath::attachment::Attachment;
-use datapath::input::{InnerNetwork, Marks, Ports, Proxy, Tunnel, TunnelEnd};
-use datapath::{FailureMode, Mark, MeshPod, NodeInput, TunnelKind};
+use datapath::input::{Marks, Ports, Proxy, Tunnel, TunnelEnd};
+use datapath::{Family, FailureMode, Mark, MeshPod, NodeInput, TunnelKind};
+use ipnet::IpNet;
 
-/// Bytes that geneve adds over IPv4: outer Ethernet, IP, UDP and geneve headers (RFC 8926).
-const GENEVE_OVERHEAD: u32 = 50;
+/// Bytes that geneve adds over IPv4: inner Ethernet, IP, UDP and geneve headers (RFC 8926).
+const GENEVE_OVERHEAD_IPV4: u32 = 50;
+
+/// Bytes that geneve adds over IPv6.
+const GENEVE_OVERHEAD_IPV6: u32 = 70;
 
 /// Largest virtual network identifier (RFC 8926: 24 bits).
 const LAST_VNI: u32 = (1 << 24) - 1;
@@ -37,7 +41,7 @@ pub(crate) struct Wanted {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Pod {
     pub(crate) workload: Workload,
-    pub(crate) ips: Vec<Ipv4Addr>,
+    pub(crate) ips: Vec<IpAddr>,
 }
 
 /// A value of the spec that cannot be used.
@@ -96,10 +100,9 @@ pub(crate) fn input(
         marks: wanted.marks,
         failure_mode: wanted.failure_mode,
         proxy: proxy.map(|proxy| Proxy {
-            ip: proxy.ip,
+            ends: proxy.ends,
             host_device: proxy.host_device.clone(),
             device: proxy.device.clone(),
-            host_ip: proxy.host_ip,
             default_rp_filter: proxy.default_rp_filter.clone(),
             serving,
         }),
@@ -111,10 +114,14 @@ pub(crate) fn input(
 }
 
 fn mtu(wanted: &Wanted, proxy: &Attachment) -> u32 {
-    wanted.mtu.unwrap_or(match wanted.kind {
-        TunnelKind::Geneve => proxy.mtu.saturating_sub(GENEVE_OVERHEAD),
-        TunnelKind::Veth => proxy.mtu,
-    })
+    let overhead = match (wanted.kind, proxy.ends.outer().proxy) {
+        (TunnelKind::Geneve, IpAddr::V4(_)) => GENEVE_OVERHEAD_IPV4,
+        (TunnelKind::Geneve, IpAddr::V6(_)) => GENEVE_OVERHEAD_IPV6,
+        (TunnelKind::Veth, _) => 0,
+    };
+    wanted
+        .mtu
+        .unwrap_or_else(|| proxy.mtu.saturating_sub(overhead))
 }
 
 fn invalid(field: impl Into<String>, problem: impl ToString) -> InvalidSpec {
@@ -131,21 +138,23 @@ fn tunnel_end(field: &str, spec: &TunnelEndSpec) -> Result<TunnelEnd, InvalidSpe
             format!("{} is not between 1 and {LAST_VNI}", spec.vni),
         ));
     }
-    let cidr = format!("{field}.cidr");
-    let network = spec.cidr.parse().map_err(|_| {
-        invalid(
-            &cidr,
-            format!(
-                "{:?} is not an IPv4 network, for example 192.168.126.0/30",
-                spec.cidr
-            ),
-        )
-    })?;
-    let network = InnerNetwork::new(network).map_err(|error| invalid(&cidr, error))?;
-    Ok(TunnelEnd {
-        vni: spec.vni,
-        network,
-    })
+    let network = |name: &str, text: &str, example: &str| {
+        text.parse::<IpNet>().map_err(|_| {
+            invalid(
+                format!("{field}.{name}"),
+                format!("{text:?} is not a network, for example {example}"),
+            )
+        })
+    };
+    let ipv4 = network("cidr", &spec.cidr, "192.168.126.0/30")?;
+    let ipv6 = network("ipv6Cidr", &spec.ipv6_cidr, "fd61:6d62:6974:126::/126")?;
+    let (IpNet::V4(ipv4), IpNet::V6(ipv6)) = (ipv4, ipv6) else {
+        return Err(invalid(
+            field,
+            format!("cidr is of IPv4 and ipv6Cidr of IPv6, not {ipv4} and {ipv6}"),
+        ));
+    };
+    TunnelEnd::new(spec.vni, ipv4, ipv6).map_err(|error| invalid(field, error))
 }
 
 fn distinct_tunnels(inbound: TunnelEnd, outbound: TunnelEnd) -> Result<(), InvalidSpec> {
@@ -155,12 +164,15 @@ fn distinct_tunnels(inbound: TunnelEnd, outbound: TunnelEnd) -> Result<(), Inval
             format!("{} is also the vni of tunnel.inbound", outbound.vni),
         ));
     }
-    let (one, other) = (inbound.network.network(), outbound.network.network());
-    if one.contains(&other) || other.contains(&one) {
-        return Err(invalid(
-            "tunnel.outbound.cidr",
-            format!("{other} overlaps {one}, the cidr of tunnel.inbound"),
-        ));
+    for (family, name) in [(Family::V4, "cidr"), (Family::V6, "ipv6Cidr")] {
+        let network = |end: TunnelEnd| end.network(family).network();
+        let (one, other) = (network(inbound), network(outbound));
+        if one.contains(&other) || other.contains(&one) {
+            return Err(invalid(
+                format!("tunnel.outbound.{name}"),
+                format!("{other} overlaps {one}, the {name} of tunnel.inbound"),
+            ));
+        }
     }
     Ok(())
 }
@@ -215,22 +227,17 @@ fn marks(spec: &AmbientNodeSpec) -> Result<Marks, InvalidSpec> {
 fn pods(workloads: &[Workload]) -> (Vec<Pod>, Vec<WorkloadNote>) {
     let (mut pods, mut unusable) = (Vec::new(), Vec::new());
     for workload in workloads {
-        let ips: BTreeSet<Ipv4Addr> = workload
+        // A value that is no address the API server has refused already.
+        let ips: BTreeSet<IpAddr> = workload
             .ips
             .iter()
-            .filter_map(|ip| match ip.parse() {
-                Ok(IpAddr::V4(ip)) => Some(ip),
-                _ => None,
-            })
+            .filter_map(|ip| ip.parse().ok())
             .collect();
         if ips.is_empty() {
             unusable.push(note(
                 workload,
-                reasons::NO_IPV4_ADDRESS,
-                format!(
-                    "its addresses are {:?}; Ambit carries IPv4 only for now",
-                    workload.ips
-                ),
+                reasons::NO_ADDRESS,
+                format!("its addresses are {:?}: none can be used", workload.ips),
             ));
         } else {
             pods.push(Pod {
@@ -255,6 +262,9 @@ pub(crate) fn note(workload: &Workload, reason: &str, message: impl Into<String>
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use datapath::input::{Ends, Pair};
     use proptest::prelude::*;
 
     use super::*;
@@ -278,11 +288,13 @@ pub(crate) mod tests {
 
     fn attachment() -> Attachment {
         Attachment {
-            ip: Ipv4Addr::new(10, 0, 0, 3),
+            ends: Ends::V4(Pair {
+                proxy: Ipv4Addr::new(10, 0, 0, 3),
+                host: Ipv4Addr::new(10, 0, 0, 1),
+            }),
             device: "eth0".to_owned(),
             host_device: "vethp".to_owned(),
             mtu: 1500,
-            host_ip: Ipv4Addr::new(10, 0, 0, 1),
             default_rp_filter: "0".to_owned(),
         }
     }
@@ -297,23 +309,30 @@ pub(crate) mod tests {
     #[test]
     fn geneve_leaves_room_for_its_headers_and_veth_needs_none() {
         let mut geneve = spec(vec![]);
-        let input_of = |spec: &AmbientNodeSpec| {
-            input(&parse(spec).unwrap(), Some(&attachment()), true, &[])
+        let mut attachment = attachment();
+        let mtu = |spec: &AmbientNodeSpec, attachment: &Attachment| {
+            input(&parse(spec).unwrap(), Some(attachment), true, &[])
                 .tunnel
                 .mtu
         };
+        let input_of = |spec: &AmbientNodeSpec| mtu(spec, &attachment);
         assert_eq!(input_of(&geneve), 1450);
         geneve.tunnel.mtu = Some(1400);
         assert_eq!(input_of(&geneve), 1400);
         let mut veth = spec(vec![]);
         veth.tunnel.kind = crds::TunnelType::Veth;
         assert_eq!(input_of(&veth), 1500);
+        attachment.ends = Ends::V6(Pair {
+            proxy: Ipv6Addr::LOCALHOST,
+            host: Ipv6Addr::LOCALHOST,
+        });
+        assert_eq!(mtu(&spec(vec![]), &attachment), 1430);
     }
 
     #[test]
     fn an_invalid_spec_names_the_field() {
         type Change = fn(&mut AmbientNodeSpec);
-        let cases: [(Change, &str); 7] = [
+        let cases: [(Change, &str); 9] = [
             (
                 |spec| spec.tunnel.inbound.vni = 1 << 24,
                 "spec.tunnel.inbound.vni:",
@@ -324,7 +343,15 @@ pub(crate) mod tests {
             ),
             (
                 |spec| spec.tunnel.inbound.cidr = "fd00::/64".to_owned(),
-                "spec.tunnel.inbound.cidr:",
+                "spec.tunnel.inbound: cidr is of IPv4",
+            ),
+            (
+                |spec| spec.tunnel.inbound.ipv6_cidr = "fd00::/127".to_owned(),
+                "spec.tunnel.inbound: fd00::/127 has no room",
+            ),
+            (
+                |spec| spec.tunnel.inbound.ipv6_cidr = "fd61:6d62:6974::/48".to_owned(),
+                "spec.tunnel.outbound.ipv6Cidr:",
             ),
             (
                 |spec| spec.tunnel.outbound.cidr = "192.168.126.0/24".to_owned(),
@@ -349,24 +376,26 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_workload_without_an_ipv4_address_is_named_and_the_others_go_on() {
+    fn a_workload_without_an_address_is_named_and_the_others_go_on() {
         let wanted = parse(&spec(vec![
-            workload("a", "fd00::4"),
+            workload("a", "nowhere"),
             workload("b", "10.0.0.5"),
+            workload("c", "fd00::4"),
         ]))
         .unwrap();
         assert_eq!(wanted.pods[0].workload.uid, "b");
-        assert_eq!(wanted.unusable[0].reason, reasons::NO_IPV4_ADDRESS);
+        assert_eq!(wanted.pods[1].workload.uid, "c");
+        assert_eq!(wanted.unusable[0].reason, reasons::NO_ADDRESS);
     }
 
     proptest! {
         #[test]
         fn no_spec_makes_the_parser_panic(
-            vni in any::<u32>(), cidr in ".{0,20}", mark in ".{0,22}", port in any::<u16>(),
+            vni in any::<u32>(), cidr in ".{0,20}", ipv6_cidr in ".{0,20}", mark in ".{0,22}", port in any::<u16>(),
             ips in prop::collection::vec(".{0,16}", 0..3),
         ) {
             let mut spec = spec(vec![Workload { ips, ..workload("a", "") }]);
-            spec.tunnel.inbound = TunnelEndSpec { vni, cidr };
+            spec.tunnel.inbound = TunnelEndSpec { vni, cidr, ipv6_cidr };
             spec.marks.skip = mark;
             spec.ports.inbound = port;
             let _ = parse(&spec);

@@ -1,11 +1,14 @@
 //! Where a proxy's network namespace meets the host's.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::Path;
 
-use netlink_packet_route::link::InfoKind;
-use netlink_packet_route::route::{RouteAddress, RouteAttribute};
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::link::{InfoKind, LinkMessage};
+use netlink_packet_route::route::{RouteHeader, RouteMessage, RouteType};
 
+use crate::family::Family;
+use crate::input::{Ends, Pair};
 use crate::kernel::KernelError;
 use crate::kernel::netlink::{self, Netlink, way};
 use crate::kernel::sysctl::{self, SysctlError};
@@ -14,16 +17,14 @@ use crate::netns::Netns;
 /// What was found about a proxy's namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attachment {
-    /// Its address.
-    pub ip: Ipv4Addr,
+    /// Its addresses, and the host's towards its pods.
+    pub ends: Ends,
     /// Its device.
     pub device: String,
     /// The other end of that device, in the host's namespace.
     pub host_device: String,
     /// MTU of its device in bytes.
     pub mtu: u32,
-    /// The host's address towards its pods.
-    pub host_ip: Ipv4Addr,
     /// Value of `rp_filter` that devices of the host start with.
     pub default_rp_filter: String,
 }
@@ -37,13 +38,11 @@ pub enum AttachError {
     /// Something could not be read.
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    /// It has no default route over IPv4.
-    #[error(
-        "the proxy's network namespace has no IPv4 default route: the CNI has not set the pod up"
-    )]
+    /// It has no default route.
+    #[error("the proxy's network namespace has no default route: the CNI has not set the pod up")]
     NoDefaultRoute,
-    /// Its device has no IPv4 address.
-    #[error("the proxy's device {0} has no IPv4 address")]
+    /// Its device has no address.
+    #[error("the proxy's device {0} has no address that its default route could use")]
     NoAddress(String),
     /// Its device is no veth.
     #[error(
@@ -52,7 +51,7 @@ pub enum AttachError {
     NotVeth(String),
     /// The host has no way to it.
     #[error("the host has no route to the proxy {0}")]
-    NoHostRoute(Ipv4Addr),
+    NoHostRoute(IpAddr),
 }
 
 impl From<netlink::NetlinkError> for AttachError {
@@ -78,61 +77,106 @@ pub async fn find(
 ) -> Result<Attachment, AttachError> {
     let outside = Netlink::open(host).map_err(AttachError::Enter)?;
     let inside = Netlink::open(proxy).map_err(AttachError::Enter)?;
-    let index = default_device(&inside).await?;
+    let routes = inside.routes().await?;
+    let index = Family::ALL
+        .into_iter()
+        .find_map(|family| default_device(&routes, family))
+        .ok_or(AttachError::NoDefaultRoute)?;
     let links = inside.links().await?;
     let link = links
         .iter()
         .find(|link| link.header.index == index)
         .ok_or(AttachError::NoDefaultRoute)?;
     let device = netlink::name(link);
-    let addresses = inside.addresses().await?;
-    let ip = addresses
-        .iter()
-        .filter(|address| address.header.index == index)
-        .find_map(netlink::ipv4)
-        .ok_or_else(|| AttachError::NoAddress(device.clone()))?;
+    let ips = addresses(&inside, &routes, index).await?;
+    if ips.is_empty() {
+        return Err(AttachError::NoAddress(device));
+    }
     if netlink::kind(link) != Some(InfoKind::Veth) {
         return Err(AttachError::NotVeth(device));
     }
-    let (out, host_ip) = match outside.route_to(ip, None).await? {
-        Some(route) => way(&route),
-        None => (None, None),
+    let ends = ends(&outside, &ips).await?;
+    let host_device = match host_end(&outside, link, index).await? {
+        Some(name) => name,
+        None => way_out(&outside, ends.outer().proxy).await?,
     };
-    let host_device = host_end(&outside, link, index)
-        .await?
-        .or(name_of(&outside, out).await?);
     let default_rp_filter = host
         .run(|| sysctl::read(&proc_root.join("ipv4/conf/default/rp_filter")))
         .map_err(AttachError::Enter)??
         .unwrap_or_else(|| "0".to_owned());
     Ok(Attachment {
-        ip,
+        ends,
         device,
-        host_device: host_device.ok_or(AttachError::NoHostRoute(ip))?,
+        host_device,
         mtu: netlink::mtu(link),
-        host_ip: host_ip.ok_or(AttachError::NoHostRoute(ip))?,
         default_rp_filter,
     })
 }
 
-async fn default_device(inside: &Netlink) -> Result<u32, AttachError> {
-    for route in inside.routes().await? {
-        let is_default = route.header.destination_prefix_length == 0
-            && route.header.table == netlink_packet_route::route::RouteHeader::RT_TABLE_MAIN
-            && !route.attributes.iter().any(|attribute| {
-                matches!(attribute, RouteAttribute::Destination(RouteAddress::Inet(ip)) if !ip.is_unspecified())
-            });
-        if let (true, (Some(index), _)) = (is_default, way(&route)) {
-            return Ok(index);
+/// The device of a family's default route in the main table.
+fn default_device(routes: &[RouteMessage], family: Family) -> Option<u32> {
+    let is_default = |route: &&RouteMessage| {
+        let header = &route.header;
+        let family_matches = match family {
+            Family::V4 => header.address_family == AddressFamily::Inet,
+            Family::V6 => header.address_family == AddressFamily::Inet6,
+        };
+        family_matches
+            && header.destination_prefix_length == 0
+            && header.kind == RouteType::Unicast
+            && header.table == RouteHeader::RT_TABLE_MAIN
+    };
+    routes
+        .iter()
+        .filter(is_default)
+        .find_map(|route| way(route).0)
+}
+
+/// The device's addresses of the families that have their default route by it: the first of each.
+async fn addresses(
+    inside: &Netlink,
+    routes: &[RouteMessage],
+    index: u32,
+) -> Result<Vec<IpAddr>, AttachError> {
+    let all = inside.addresses().await?;
+    let ips: Vec<IpAddr> = all
+        .iter()
+        .filter(|address| address.header.index == index)
+        .filter_map(netlink::ip)
+        .filter(|ip| !matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local()))
+        .collect();
+    let first = |family| ips.iter().copied().find(|ip| Family::of(*ip) == family);
+    Ok(Family::ALL
+        .into_iter()
+        .filter(|family| default_device(routes, *family) == Some(index))
+        .filter_map(first)
+        .collect())
+}
+
+/// The addresses of the proxy with those of the host that its pods see.
+async fn ends(outside: &Netlink, ips: &[IpAddr]) -> Result<Ends, AttachError> {
+    let (mut ipv4, mut ipv6) = (None, None);
+    for proxy in ips {
+        let route = outside.route_to(*proxy, None).await?;
+        let host = route.and_then(|route| way(&route).1);
+        match (*proxy, host.ok_or(AttachError::NoHostRoute(*proxy))?) {
+            (IpAddr::V4(proxy), IpAddr::V4(host)) => ipv4 = Some(Pair { proxy, host }),
+            (IpAddr::V6(proxy), IpAddr::V6(host)) => ipv6 = Some(Pair { proxy, host }),
+            (proxy, _) => return Err(AttachError::NoHostRoute(proxy)),
         }
     }
-    Err(AttachError::NoDefaultRoute)
+    match (ipv4, ipv6) {
+        (Some(ipv4), Some(ipv6)) => Ok(Ends::Dual(ipv4, ipv6)),
+        (Some(ipv4), None) => Ok(Ends::V4(ipv4)),
+        (None, Some(ipv6)) => Ok(Ends::V6(ipv6)),
+        (None, None) => Err(AttachError::NoDefaultRoute),
+    }
 }
 
 /// The device of the host whose other end is `link`: the two name each other by index.
 async fn host_end(
     outside: &Netlink,
-    link: &netlink_packet_route::link::LinkMessage,
+    link: &LinkMessage,
     index: u32,
 ) -> Result<Option<String>, AttachError> {
     let Some(peer) = netlink::peer_index(link) else {
@@ -147,10 +191,14 @@ async fn host_end(
     Ok(found.map(netlink::name))
 }
 
-async fn name_of(outside: &Netlink, index: Option<u32>) -> Result<Option<String>, AttachError> {
+/// The device of the host's way to an address.
+async fn way_out(outside: &Netlink, ip: IpAddr) -> Result<String, AttachError> {
+    let route = outside.route_to(ip, None).await?;
+    let index = route.and_then(|route| way(&route).0);
     let links = outside.links().await?;
-    Ok(links
+    let link = links
         .iter()
         .find(|link| Some(link.header.index) == index)
-        .map(netlink::name))
+        .ok_or(AttachError::NoHostRoute(ip))?;
+    Ok(netlink::name(link))
 }

@@ -4,18 +4,19 @@
 //! the proxy never falls through to the main table when a device, a route or the proxy is missing.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use crate::datapath::{
     Action, Address, Chain, Chains, Datapath, Item, Link, Route, Rule, Selector, Sysctl, Table,
     Target,
 };
+use crate::family::Family;
 use crate::input::{FailureMode, Marks, NodeInput, Proxy, Tunnel, TunnelEnd, TunnelKind};
 use crate::names::{
-    ISTIOIN, ISTIOOUT, METRIC_LAST, PISTIOIN, PISTIOOUT, PROXY_PORT_RANGE, SET, TABLE_INBOUND,
-    TABLE_LOCAL, TABLE_OUTBOUND, TABLE_RETURN, priority,
+    self, ISTIOIN, ISTIOOUT, LINK_LOCAL, METRIC_IPV6, METRIC_LAST, PISTIOIN, PISTIOOUT,
+    PROXY_PORT_RANGE, TABLE_INBOUND, TABLE_LOCAL, TABLE_OUTBOUND, TABLE_RETURN, priority,
 };
 
 /// What the kernel should hold.
@@ -24,78 +25,89 @@ pub fn build(input: &NodeInput) -> Datapath {
     let mut datapath = Datapath::default();
     host(input, &mut datapath.host);
     if let Some(proxy) = &input.proxy {
-        host_tunnels(&input.tunnel, proxy, &mut datapath.host);
+        host_tunnels(input, proxy, &mut datapath.host);
         proxy_side(input, proxy, &mut datapath.proxy);
     }
     datapath
 }
 
 fn host(input: &NodeInput, host: &mut BTreeSet<Item>) {
-    let proxy = input.proxy.as_ref();
-    let serving = proxy.filter(|proxy| proxy.serving);
-    host.extend(host_routes(input, serving));
-    host.extend(host_rules(&input.marks));
-    host.insert(Item::Set(SET.to_owned()));
-    host.insert(Item::Chains(host_mangle(&input.marks, proxy)));
-    host.insert(Item::Chains(host_nat(&input.marks)));
-    if serving.is_some() || input.failure_mode == FailureMode::Closed {
+    for family in input.families() {
+        host.extend(host_routes(input, family));
+        host.extend(host_rules(family, &input.marks));
+        host.insert(Item::Set(family));
+        let proxy = input.proxy.as_ref();
+        host.insert(Item::Chains(host_mangle(family, &input.marks, proxy)));
+        host.insert(Item::Chains(host_nat(family, &input.marks)));
+    }
+    if serving(input).is_some() || input.failure_mode == FailureMode::Closed {
         host.extend(input.pods.iter().map(|pod| Item::Member(pod.ip)));
     }
 }
 
-fn host_routes(input: &NodeInput, serving: Option<&Proxy>) -> Vec<Item> {
-    let default = Ipv4Net::default();
+/// The proxy, if it takes connections.
+fn serving(input: &NodeInput) -> Option<&Proxy> {
+    input.proxy.as_ref().filter(|proxy| proxy.serving)
+}
+
+fn host_routes(input: &NodeInput, family: Family) -> Vec<Item> {
+    let everywhere = family.everywhere();
     let mut routes = vec![
-        unreachable(TABLE_OUTBOUND, default),
-        unreachable(TABLE_RETURN, default),
+        unreachable(TABLE_OUTBOUND, everywhere),
+        unreachable(TABLE_RETURN, everywhere),
     ];
+    let pods = || {
+        let ips = input.pods.iter().map(|pod| pod.ip);
+        ips.filter(|ip| Family::of(*ip) == family)
+    };
+    let serving = serving(input);
     if serving.is_some() || input.failure_mode == FailureMode::Closed {
-        routes.extend(
-            input
-                .pods
-                .iter()
-                .map(|pod| unreachable(TABLE_INBOUND, pod.ip.into())),
-        );
+        routes.extend(pods().map(|ip| unreachable(TABLE_INBOUND, ip.into())));
     }
     let via = |gateway, device: &str, onlink| Target::Via {
         gateway,
         device: device.to_owned(),
         onlink,
     };
+    let Some((proxy, ends)) = input
+        .proxy
+        .as_ref()
+        .and_then(|proxy| Some((proxy, proxy.ends.of(family)?)))
+    else {
+        return routes;
+    };
     // A proxy that died answers what it had proxied with RST, by the kernel of its namespace.
-    if let Some(Proxy {
-        ip, host_device, ..
-    }) = &input.proxy
-    {
-        routes.push(route(TABLE_RETURN, default, via(*ip, host_device, true)));
+    let back = via(ends.proxy, &proxy.host_device, true);
+    routes.push(route(TABLE_RETURN, everywhere, back));
+    if serving.is_none() {
+        return routes;
     }
-    let Some(proxy) = serving else { return routes };
-    let outbound = via(input.tunnel.outbound.network.proxy(), ISTIOOUT, false);
-    let inbound = via(input.tunnel.inbound.network.proxy(), ISTIOIN, false);
+    let gateway = |end: TunnelEnd| end.network(family).proxy();
+    let outbound = via(gateway(input.tunnel.outbound), ISTIOOUT, false);
+    let inbound = via(gateway(input.tunnel.inbound), ISTIOIN, false);
     let to_proxy = Target::Link {
         device: proxy.host_device.clone(),
     };
-    routes.push(route(TABLE_OUTBOUND, default, outbound));
-    routes.push(route(TABLE_OUTBOUND, proxy.ip.into(), to_proxy));
-    routes.extend(
-        input
-            .pods
-            .iter()
-            .map(|pod| route(TABLE_INBOUND, pod.ip.into(), inbound.clone())),
-    );
+    routes.push(route(TABLE_OUTBOUND, everywhere, outbound));
+    routes.push(route(TABLE_OUTBOUND, ends.proxy.into(), to_proxy));
+    routes.extend(pods().map(|ip| route(TABLE_INBOUND, ip.into(), inbound.clone())));
     routes
 }
 
-fn route(table: u32, destination: Ipv4Net, target: Target) -> Item {
+fn route(table: u32, destination: IpNet, target: Target) -> Item {
+    let metric = match Family::of(destination.addr()) {
+        Family::V4 => 0,
+        Family::V6 => METRIC_IPV6,
+    };
     Item::Route(Route {
         table,
         destination,
-        metric: 0,
+        metric,
         target,
     })
 }
 
-fn unreachable(table: u32, destination: Ipv4Net) -> Item {
+fn unreachable(table: u32, destination: IpNet) -> Item {
     Item::Route(Route {
         table,
         destination,
@@ -104,7 +116,7 @@ fn unreachable(table: u32, destination: Ipv4Net) -> Item {
     })
 }
 
-fn host_rules(marks: &Marks) -> Vec<Item> {
+fn host_rules(family: Family, marks: &Marks) -> Vec<Item> {
     use Action::{Goto, Lookup, Nop};
     [
         (
@@ -131,6 +143,7 @@ fn host_rules(marks: &Marks) -> Vec<Item> {
     ]
     .map(|(priority, selector, action)| {
         Item::Rule(Rule {
+            family,
             priority,
             selector,
             action,
@@ -139,7 +152,7 @@ fn host_rules(marks: &Marks) -> Vec<Item> {
     .into()
 }
 
-fn host_mangle(marks: &Marks, proxy: Option<&Proxy>) -> Chains {
+fn host_mangle(family: Family, marks: &Marks, proxy: Option<&Proxy>) -> Chains {
     let Marks {
         outbound,
         skip,
@@ -159,11 +172,14 @@ fn host_mangle(marks: &Marks, proxy: Option<&Proxy>) -> Chains {
     prerouting.push(format!("{answer} -j MARK --set-xmark {return_}"));
     prerouting.push(format!("{answer} -j RETURN"));
     if let Some(Proxy {
-        ip, host_device, ..
+        ends, host_device, ..
     }) = proxy
     {
+        let foreign_source = ends.of(family).map_or_else(String::new, |ends| {
+            format!("! -s {} ", host_net(ends.proxy))
+        });
         prerouting.push(format!(
-            "! -s {ip}/32 -i {host_device} -j MARK --set-xmark {proxied}"
+            "{foreign_source}-i {host_device} -j MARK --set-xmark {proxied}"
         ));
         prerouting.push(format!("-m mark --mark {skip} -j RETURN"));
         prerouting.push(format!("-i {host_device} -j MARK --set-xmark {own}"));
@@ -178,9 +194,11 @@ fn host_mangle(marks: &Marks, proxy: Option<&Proxy>) -> Chains {
     ));
     prerouting.push(format!("-m mark --mark {skip} -j RETURN"));
     prerouting.push(format!(
-        "-p tcp -m set --match-set {SET} src -j MARK --set-xmark {outbound}"
+        "-p tcp -m set --match-set {} src -j MARK --set-xmark {outbound}",
+        names::set(family)
     ));
     chains(
+        family,
         Table::Mangle,
         [
             ("PREROUTING", prerouting),
@@ -197,10 +215,11 @@ fn host_mangle(marks: &Marks, proxy: Option<&Proxy>) -> Chains {
     )
 }
 
-fn host_nat(marks: &Marks) -> Chains {
+fn host_nat(family: Family, marks: &Marks) -> Chains {
     // The proxy must see the ClusterIP and the pod's own address.
     let accept = format!("-m mark --mark {} -j ACCEPT", marks.outbound);
     chains(
+        family,
         Table::Nat,
         [
             ("PREROUTING", vec![accept.clone()]),
@@ -209,7 +228,16 @@ fn host_nat(marks: &Marks) -> Chains {
     )
 }
 
-fn chains<const N: usize>(table: Table, chains: [(&str, Vec<String>); N]) -> Chains {
+/// A host's address as iptables prints it in a match.
+fn host_net(ip: IpAddr) -> IpNet {
+    ip.into()
+}
+
+fn chains<const N: usize>(
+    family: Family,
+    table: Table,
+    chains: [(&str, Vec<String>); N],
+) -> Chains {
     let chains = chains
         .into_iter()
         .map(|(hook, rules)| {
@@ -222,21 +250,31 @@ fn chains<const N: usize>(table: Table, chains: [(&str, Vec<String>); N]) -> Cha
             )
         })
         .collect::<BTreeMap<_, _>>();
-    Chains { table, chains }
+    Chains {
+        family,
+        table,
+        chains,
+    }
 }
 
-fn host_tunnels(tunnel: &Tunnel, proxy: &Proxy, host: &mut BTreeSet<Item>) {
+fn host_tunnels(input: &NodeInput, proxy: &Proxy, host: &mut BTreeSet<Item>) {
+    let tunnel = &input.tunnel;
     for (name, peer, end) in ends(tunnel) {
         host.insert(Item::Link(match tunnel.kind {
-            TunnelKind::Geneve => geneve(tunnel, name, end, proxy.ip),
+            TunnelKind::Geneve => geneve(tunnel, name, end, proxy.ends.outer().proxy),
             TunnelKind::Veth => Link::Veth {
                 name: name.to_owned(),
                 peer: Some(peer.to_owned()),
                 mtu: tunnel.mtu,
             },
         }));
-        host.extend(up(name, end.network.host(), end.network.prefix_len()));
+        host.insert(Item::Up(name.to_owned()));
+        for family in input.families() {
+            let network = end.network(family);
+            host.insert(address(name, network.host(), network.prefix_len()));
+        }
         host.insert(rp_filter(name, "2", "2"));
+        host.extend(ipv6_device(input, name, LINK_LOCAL[0].into()));
     }
     // What the proxy dials from pods' addresses arrives here, where no route to them points. The
     // kernel takes the larger of this and `all`; 2 (loose) holds against any `all`.
@@ -250,7 +288,7 @@ fn ends(tunnel: &Tunnel) -> [(&'static str, &'static str, TunnelEnd); 2] {
     ]
 }
 
-fn geneve(tunnel: &Tunnel, name: &str, end: TunnelEnd, remote: Ipv4Addr) -> Link {
+fn geneve(tunnel: &Tunnel, name: &str, end: TunnelEnd, remote: IpAddr) -> Link {
     Link::Geneve {
         name: name.to_owned(),
         vni: end.vni,
@@ -260,15 +298,35 @@ fn geneve(tunnel: &Tunnel, name: &str, end: TunnelEnd, remote: Ipv4Addr) -> Link
     }
 }
 
-fn up(device: &str, ip: Ipv4Addr, prefix_len: u8) -> [Item; 2] {
-    let address = Ipv4Net::new(ip, prefix_len).unwrap_or_else(|_| ip.into());
-    [
-        Item::Up(device.to_owned()),
-        Item::Address(Address {
-            device: device.to_owned(),
-            address,
-        }),
+fn address(device: &str, ip: IpAddr, prefix_len: u8) -> Item {
+    Item::Address(Address {
+        device: device.to_owned(),
+        address: IpNet::new(ip, prefix_len).unwrap_or_else(|_| ip.into()),
+    })
+}
+
+/// What IPv6 needs of a tunnel's device: that it is on, whatever the namespace starts devices with,
+/// and a link-local address to find its neighbour from (RFC 4861).
+fn ipv6_device(input: &NodeInput, device: &str, link_local: IpAddr) -> Vec<Item> {
+    if !input.families().contains(&Family::V6) {
+        return Vec::new();
+    }
+    let setting = |name: &str, value: &str| setting(format!("ipv6/conf/{device}/{name}"), value);
+    vec![
+        setting("disable_ipv6", "0"),
+        // No link-local address of the kernel's own.
+        setting("addr_gen_mode", "1"),
+        address(device, link_local, 64),
     ]
+}
+
+/// A setting that goes away with its device or namespace.
+fn setting(path: String, value: &str) -> Item {
+    Item::Sysctl(Sysctl {
+        path,
+        value: value.to_owned(),
+        restore: value.to_owned(),
+    })
 }
 
 fn rp_filter(device: &str, value: &str, restore: &str) -> Item {
@@ -282,48 +340,54 @@ fn rp_filter(device: &str, value: &str, restore: &str) -> Item {
 fn proxy_side(input: &NodeInput, proxy: &Proxy, side: &mut BTreeSet<Item>) {
     for (_, name, end) in ends(&input.tunnel) {
         if input.tunnel.kind == TunnelKind::Geneve {
-            side.insert(Item::Link(geneve(&input.tunnel, name, end, proxy.host_ip)));
+            let remote = proxy.ends.outer().host;
+            side.insert(Item::Link(geneve(&input.tunnel, name, end, remote)));
         }
-        side.extend(up(name, end.network.proxy(), end.network.prefix_len()));
+        side.insert(Item::Up(name.to_owned()));
+        for family in input.families() {
+            let network = end.network(family);
+            side.insert(address(name, network.proxy(), network.prefix_len()));
+        }
         side.insert(rp_filter(name, "0", "0"));
+        side.extend(ipv6_device(input, name, LINK_LOCAL[1].into()));
     }
     // The namespace is the proxy's alone.
     side.insert(rp_filter(&proxy.device, "0", &proxy.default_rp_filter));
     side.insert(rp_filter("all", "0", "0"));
-    side.insert(Item::Sysctl(Sysctl {
-        path: "ipv4/ip_local_port_range".to_owned(),
-        value: PROXY_PORT_RANGE.to_owned(),
-        restore: PROXY_PORT_RANGE.to_owned(),
-    }));
-    let local = Target::Local {
-        device: "lo".to_owned(),
-    };
-    side.insert(route(TABLE_LOCAL, Ipv4Net::default(), local));
-    for (priority, mark) in [
-        (priority::TPROXY, input.marks.tproxy),
-        (priority::PROXY_RETURN, input.marks.proxy_return),
-    ] {
-        let (selector, action) = (Selector::Mark(mark), Action::Lookup(TABLE_LOCAL));
-        side.insert(Item::Rule(Rule {
-            priority,
-            selector,
-            action,
-        }));
+    let range = "ipv4/ip_local_port_range".to_owned();
+    side.insert(setting(range, PROXY_PORT_RANGE));
+    for family in input.families() {
+        let local = Target::Local {
+            device: "lo".to_owned(),
+        };
+        side.insert(route(TABLE_LOCAL, family.everywhere(), local));
+        side.extend(proxy_rules(family, &input.marks));
+        side.insert(Item::Chains(proxy_mangle(family, input, proxy)));
     }
-    side.insert(Item::Chains(proxy_mangle(input, proxy)));
 }
 
-fn proxy_mangle(input: &NodeInput, proxy: &Proxy) -> Chains {
+fn proxy_rules(family: Family, marks: &Marks) -> [Item; 2] {
+    [
+        (priority::TPROXY, marks.tproxy),
+        (priority::PROXY_RETURN, marks.proxy_return),
+    ]
+    .map(|(priority, mark)| {
+        Item::Rule(Rule {
+            family,
+            priority,
+            selector: Selector::Mark(mark),
+            action: Action::Lookup(TABLE_LOCAL),
+        })
+    })
+}
+
+fn proxy_mangle(family: Family, input: &NodeInput, proxy: &Proxy) -> Chains {
     let (ports, mark) = (input.ports, input.marks.tproxy);
-    let tproxy =
-        |port: u16| format!("-j TPROXY --on-port {port} --on-ip 127.0.0.1 --tproxy-mark {mark}");
-    let answer = |protocol: &str| {
-        format!(
-            "! -d {}/32 -i {} -p {protocol} -j MARK --set-xmark {}",
-            proxy.ip, proxy.device, input.marks.proxy_return
-        )
+    let tproxy = |port: u16| {
+        let ip = family.loopback();
+        format!("-j TPROXY --on-port {port} --on-ip {ip} --tproxy-mark {mark}")
     };
-    let prerouting = vec![
+    let mut prerouting = vec![
         format!(
             "-i {PISTIOIN} -p tcp -m tcp --dport {0} {1}",
             ports.inbound,
@@ -331,9 +395,26 @@ fn proxy_mangle(input: &NodeInput, proxy: &Proxy) -> Chains {
         ),
         format!("-i {PISTIOIN} -p tcp {}", tproxy(ports.inbound_plaintext)),
         format!("-i {PISTIOOUT} -p tcp {}", tproxy(ports.outbound)),
-        answer("tcp"),
-        // Errors about what was dialled from a pod's address (RFC 792; path MTU, refusals).
-        answer("icmp"),
     ];
-    chains(Table::Mangle, [("PREROUTING", prerouting)])
+    let Some(ends) = proxy.ends.of(family) else {
+        return chains(family, Table::Mangle, [("PREROUTING", prerouting)]);
+    };
+    let answer = |protocol: &str| {
+        format!(
+            "! -d {} -i {} -p {protocol} -j MARK --set-xmark {}",
+            host_net(ends.proxy),
+            proxy.device,
+            input.marks.proxy_return
+        )
+    };
+    prerouting.push(answer("tcp"));
+    // Errors about what was dialled from a pod's address (RFC 792, RFC 4443; path MTU, refusals).
+    match family {
+        Family::V4 => prerouting.push(answer("icmp")),
+        // Of the errors only: neighbours ask for each other by ICMPv6 too.
+        Family::V6 => prerouting.extend(
+            [1, 2, 3].map(|kind| answer(&format!("ipv6-icmp -m icmp6 --icmpv6-type {kind}"))),
+        ),
+    }
+    chains(family, Table::Mangle, [("PREROUTING", prerouting)])
 }

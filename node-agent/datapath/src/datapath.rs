@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
+use crate::family::Family;
 use crate::input::Mark;
-use crate::names::{METRIC_LAST, PROTOCOL};
+use crate::names::{self, METRIC_LAST, PROTOCOL};
 
 /// What both namespaces of a node hold, or should hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -42,12 +43,12 @@ pub enum Item {
     Route(Route),
     /// A policy routing rule.
     Rule(Rule),
-    /// A set of addresses, of type `hash:ip`, by its name.
-    Set(String),
+    /// The set of a family's addresses, of type `hash:ip`.
+    Set(Family),
     /// Our chains of one iptables table.
     Chains(Chains),
-    /// A member of the set.
-    Member(Ipv4Addr),
+    /// A member of its family's set.
+    Member(IpAddr),
 }
 
 /// A network device.
@@ -60,7 +61,7 @@ pub enum Link {
         /// Virtual network identifier.
         vni: u32,
         /// The other end.
-        remote: Ipv4Addr,
+        remote: IpAddr,
         /// UDP destination port.
         port: u16,
         /// MTU in bytes.
@@ -88,7 +89,7 @@ pub struct Address {
     /// The device.
     pub device: String,
     /// The address with the length of its prefix.
-    pub address: Ipv4Net,
+    pub address: IpNet,
 }
 
 /// A setting under `/proc/sys/net`.
@@ -108,7 +109,7 @@ pub struct Route {
     /// Its table.
     pub table: u32,
     /// Where to.
-    pub destination: Ipv4Net,
+    pub destination: IpNet,
     /// Smaller comes first.
     pub metric: u32,
     /// How.
@@ -133,7 +134,7 @@ pub enum Target {
     /// By a gateway.
     Via {
         /// The gateway.
-        gateway: Ipv4Addr,
+        gateway: IpAddr,
         /// The device.
         device: String,
         /// The gateway need not be in a network of the device.
@@ -144,6 +145,8 @@ pub enum Target {
 /// A policy routing rule of ours.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rule {
+    /// The packets it sees.
+    pub family: Family,
     /// Its priority.
     pub priority: u32,
     /// What it applies to.
@@ -176,9 +179,11 @@ pub enum Action {
     Nop,
 }
 
-/// Our chains of one iptables table; always replaced as a whole.
+/// Our chains of one table of iptables or ip6tables; always replaced as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Chains {
+    /// The packets they see.
+    pub family: Family,
     /// The table.
     pub table: Table,
     /// By the built-in chain that they are reached from.
@@ -234,8 +239,7 @@ impl Item {
                     Some(device)
                 }
             },
-            // conf/NAME/… is there as long as the device is.
-            Self::Sysctl(sysctl) => sysctl.path.strip_prefix("ipv4/conf/")?.split('/').next(),
+            Self::Sysctl(sysctl) => sysctl.device(),
             Self::Link(_) | Self::Rule(_) | Self::Set(_) | Self::Chains(_) | Self::Member(_) => {
                 None
             }
@@ -252,9 +256,27 @@ impl Item {
             (Self::Route(new), Self::Route(old)) => {
                 (new.table, new.destination, new.metric) == (old.table, old.destination, old.metric)
             }
-            (Self::Chains(new), Self::Chains(old)) => new.table == old.table,
+            (Self::Chains(new), Self::Chains(old)) => {
+                (new.family, new.table) == (old.family, old.table)
+            }
             _ => false,
         }
+    }
+}
+
+impl Sysctl {
+    /// The device whose setting it is: `conf/NAME/…` is there as long as the device is.
+    fn device(&self) -> Option<&str> {
+        let (_family, path) = self.path.split_once("/conf/")?;
+        path.split('/').next()
+    }
+}
+
+impl Route {
+    /// Its family.
+    #[must_use]
+    pub fn family(&self) -> Family {
+        Family::of(self.destination.addr())
     }
 }
 
@@ -286,15 +308,22 @@ impl fmt::Display for Item {
             Self::Link(link) => write!(f, "ip link {link}"),
             Self::Up(device) => write!(f, "ip link set {device} up"),
             Self::Address(Address { device, address }) => {
-                write!(f, "ip address {address} dev {device}")
+                let option = Family::of(address.addr()).option();
+                write!(f, "ip {option}address {address} dev {device}")
             }
             Self::Sysctl(Sysctl { path, value, .. }) => {
                 write!(f, "sysctl net/{path}={}", value.replace('\t', " "))
             }
-            Self::Route(route) => write!(f, "ip route {route}"),
-            Self::Rule(rule) => write!(f, "ip rule {rule}"),
-            Self::Set(name) => write!(f, "ipset {name} hash:ip family inet"),
-            Self::Member(ip) => write!(f, "ipset {} {ip}", crate::names::SET),
+            Self::Route(route) => write!(f, "ip {}route {route}", route.family().option()),
+            Self::Rule(rule) => write!(f, "ip {}rule {rule}", rule.family.option()),
+            Self::Set(family) => {
+                let kind = match family {
+                    Family::V4 => "inet",
+                    Family::V6 => "inet6",
+                };
+                write!(f, "ipset {} hash:ip family {kind}", names::set(*family))
+            }
+            Self::Member(ip) => write!(f, "ipset {} {ip}", names::set(Family::of(*ip))),
             Self::Chains(chains) => write!(f, "{chains}"),
         }
     }
@@ -378,9 +407,13 @@ impl fmt::Display for Rule {
 
 impl fmt::Display for Chains {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "iptables -t {}", self.table.name())?;
+        let program = match self.family {
+            Family::V4 => "iptables",
+            Family::V6 => "ip6tables",
+        };
+        write!(f, "{program} -t {}", self.table.name())?;
         for (hook, chain) in &self.chains {
-            write!(f, "\n      {hook} -> {}{hook}", crate::names::CHAIN_PREFIX)?;
+            write!(f, "\n      {hook} -> {}{hook}", names::CHAIN_PREFIX)?;
             for rule in &chain.rules {
                 write!(f, "\n        {rule}")?;
             }

@@ -7,6 +7,7 @@ use netlink_packet_route::link::InfoKind;
 use rtnetlink::LinkGeneve;
 
 use crate::datapath::Table;
+use crate::family::Family;
 use crate::input::{IptablesBackend, Marks};
 use crate::kernel::iptables::{Iptables, IptablesError};
 use crate::kernel::netlink::{self, Netlink, NetlinkError, foreign_mark};
@@ -83,7 +84,7 @@ fn backend(host: &Netns) -> Result<IptablesBackend, FactsError> {
         .is_ok_and(|names| !names.trim().is_empty());
     if !legacy_in_use {
         // A missing program is found here and not in the middle of a plan.
-        Iptables::new(IptablesBackend::Nft).save(Table::Nat, host)?;
+        Iptables::new(IptablesBackend::Nft).save(Family::V4, Table::Nat, host)?;
         return Ok(IptablesBackend::Nft);
     }
     let legacy = rules(IptablesBackend::Legacy, host)?;
@@ -98,7 +99,7 @@ fn backend(host: &Netns) -> Result<IptablesBackend, FactsError> {
 fn rules(backend: IptablesBackend, host: &Netns) -> Result<usize, FactsError> {
     let mut count = 0;
     for table in [Table::Mangle, Table::Nat] {
-        let saved = Iptables::new(backend).save(table, host)?;
+        let saved = Iptables::new(backend).save(Family::V4, table, host)?;
         count += saved
             .lines()
             .filter(|line| line.starts_with("-A") && !line.contains("ztunnel-"))
@@ -158,7 +159,7 @@ pub async fn conflicts(
             .map(Conflict::RuleMark),
     );
     for table in [Table::Mangle, Table::Nat] {
-        let saved = Iptables::new(backend).save(table, host)?;
+        let saved = Iptables::new(backend).save(Family::V4, table, host)?;
         for rule in saved
             .lines()
             .filter(|line| line.starts_with("-A") && !line.contains("ztunnel-"))

@@ -1,10 +1,12 @@
 //! What the data path of a node is built from: checked facts, no wrong values.
 
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+use crate::family::Family;
 
 /// Everything [`crate::build()`] needs to know about a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,26 +54,46 @@ pub enum TunnelKind {
 pub struct TunnelEnd {
     /// Virtual network identifier, 24 bits.
     pub vni: u32,
-    /// Inner network of at least two host addresses.
-    pub network: InnerNetwork,
+    ipv4: InnerNetwork,
+    ipv6: InnerNetwork,
+}
+
+impl TunnelEnd {
+    /// # Errors
+    /// If one of the networks has fewer than two host addresses.
+    pub fn new(vni: u32, ipv4: Ipv4Net, ipv6: Ipv6Net) -> Result<Self, NetworkTooSmall> {
+        Ok(Self {
+            vni,
+            ipv4: InnerNetwork::new(ipv4.into())?,
+            ipv6: InnerNetwork::new(ipv6.into())?,
+        })
+    }
+
+    /// Its inner network.
+    #[must_use]
+    pub fn network(&self, family: Family) -> InnerNetwork {
+        match family {
+            Family::V4 => self.ipv4,
+            Family::V6 => self.ipv6,
+        }
+    }
 }
 
 /// Inner network of a tunnel: the first host address is the host's, the second the proxy's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct InnerNetwork(Ipv4Net);
+pub struct InnerNetwork(IpNet);
 
 /// An inner network that cannot hold two hosts.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0} has no room for two addresses: use a network of /30 or larger, for example 192.168.126.0/30"
+    "{0} has no room for two addresses: use a network of /30 (IPv4) or /126 (IPv6) or larger, \
+     for example 192.168.126.0/30"
 )]
-pub struct NetworkTooSmall(pub Ipv4Net);
+pub struct NetworkTooSmall(pub IpNet);
 
 impl InnerNetwork {
-    /// # Errors
-    /// If the network has fewer than two host addresses.
-    pub fn new(network: Ipv4Net) -> Result<Self, NetworkTooSmall> {
-        if network.prefix_len() > 30 {
+    fn new(network: IpNet) -> Result<Self, NetworkTooSmall> {
+        if network.max_prefix_len() - network.prefix_len() < 2 {
             Err(NetworkTooSmall(network))
         } else {
             Ok(Self(network.trunc()))
@@ -80,7 +102,7 @@ impl InnerNetwork {
 
     /// The network itself.
     #[must_use]
-    pub fn network(self) -> Ipv4Net {
+    pub fn network(self) -> IpNet {
         self.0
     }
 
@@ -92,14 +114,21 @@ impl InnerNetwork {
 
     /// Address of the host's end.
     #[must_use]
-    pub fn host(self) -> Ipv4Addr {
-        Ipv4Addr::from(u32::from(self.0.network()) + 1)
+    pub fn host(self) -> IpAddr {
+        self.address(1)
     }
 
     /// Address of the proxy's end.
     #[must_use]
-    pub fn proxy(self) -> Ipv4Addr {
-        Ipv4Addr::from(u32::from(self.0.network()) + 2)
+    pub fn proxy(self) -> IpAddr {
+        self.address(2)
+    }
+
+    fn address(self, host: u8) -> IpAddr {
+        match self.0.network() {
+            IpAddr::V4(network) => Ipv4Addr::from_bits(network.to_bits() + u32::from(host)).into(),
+            IpAddr::V6(network) => Ipv6Addr::from_bits(network.to_bits() + u128::from(host)).into(),
+        }
     }
 }
 
@@ -289,25 +318,89 @@ pub enum FailureMode {
 /// The attached proxy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Proxy {
-    /// Address of the proxy's pod.
-    pub ip: Ipv4Addr,
+    /// Where it and the host are on the network between them.
+    pub ends: Ends,
     /// The proxy's network device in the host's namespace.
     pub host_device: String,
     /// The same device in the proxy's own namespace.
     pub device: String,
-    /// The host's address towards its pods.
-    pub host_ip: Ipv4Addr,
     /// Value of `rp_filter` that devices of the host start with (`conf/default`).
     pub default_rp_filter: String,
     /// The proxy says that its listeners are bound.
     pub serving: bool,
 }
 
-/// A pod whose traffic the proxy is to carry.
+/// Addresses of proxy and host towards each other: of one family or of both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ends {
+    /// IPv4 only.
+    V4(Pair<Ipv4Addr>),
+    /// IPv6 only.
+    V6(Pair<Ipv6Addr>),
+    /// Both.
+    Dual(Pair<Ipv4Addr>, Pair<Ipv6Addr>),
+}
+
+/// An address of the proxy's pod, and the host's address towards its pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pair<A> {
+    /// The proxy's.
+    pub proxy: A,
+    /// The host's.
+    pub host: A,
+}
+
+impl Ends {
+    /// The addresses of one family, if it has them.
+    #[must_use]
+    pub fn of(&self, family: Family) -> Option<Pair<IpAddr>> {
+        match (self, family) {
+            (Self::V4(pair) | Self::Dual(pair, _), Family::V4) => Some(pair.into_any()),
+            (Self::V6(pair) | Self::Dual(_, pair), Family::V6) => Some(pair.into_any()),
+            (Self::V4(_), Family::V6) | (Self::V6(_), Family::V4) => None,
+        }
+    }
+
+    /// The addresses that geneve packets go between: those of IPv4 where there are some.
+    #[must_use]
+    pub fn outer(&self) -> Pair<IpAddr> {
+        match self {
+            Self::V4(pair) | Self::Dual(pair, _) => pair.into_any(),
+            Self::V6(pair) => pair.into_any(),
+        }
+    }
+}
+
+impl<A: Copy + Into<IpAddr>> Pair<A> {
+    fn into_any(self) -> Pair<IpAddr> {
+        Pair {
+            proxy: self.proxy.into(),
+            host: self.host.into(),
+        }
+    }
+}
+
+/// A pod whose traffic the proxy is to carry, by one of its addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct MeshPod {
     /// Address of the pod.
-    pub ip: Ipv4Addr,
+    pub ip: IpAddr,
+}
+
+impl NodeInput {
+    /// The families that there is anything to do in: IPv6 once the proxy or a pod has it.
+    #[must_use]
+    pub fn families(&self) -> Vec<Family> {
+        let of_proxy = self
+            .proxy
+            .as_ref()
+            .is_some_and(|proxy| proxy.ends.of(Family::V6).is_some());
+        if of_proxy || self.pods.iter().any(|pod| pod.ip.is_ipv6()) {
+            Family::ALL.to_vec()
+        } else {
+            vec![Family::V4]
+        }
+    }
 }
 
 /// Backend of iptables.
@@ -396,10 +489,17 @@ mod tests {
 
     #[test]
     fn the_ends_of_a_tunnel_are_the_first_two_addresses() {
-        let network = InnerNetwork::new("192.168.126.0/30".parse().unwrap()).unwrap();
-        assert_eq!(network.host(), Ipv4Addr::new(192, 168, 126, 1));
-        assert_eq!(network.proxy(), Ipv4Addr::new(192, 168, 126, 2));
-        assert!(InnerNetwork::new("192.168.126.0/31".parse().unwrap()).is_err());
+        let end = |ipv4: &str, ipv6: &str| {
+            TunnelEnd::new(1000, ipv4.parse().unwrap(), ipv6.parse().unwrap())
+        };
+        let tunnel = end("192.168.126.0/30", "fd00:126::/126").unwrap();
+        let [v4, v6] = Family::ALL.map(|family| tunnel.network(family));
+        assert_eq!(v4.host().to_string(), "192.168.126.1");
+        assert_eq!(v4.proxy().to_string(), "192.168.126.2");
+        assert_eq!(v6.host().to_string(), "fd00:126::1");
+        assert_eq!(v6.proxy().to_string(), "fd00:126::2");
+        assert!(end("192.168.126.0/31", "fd00:126::/126").is_err());
+        assert!(end("192.168.126.0/30", "fd00:126::/127").is_err());
     }
 
     proptest! {

@@ -16,6 +16,7 @@ pub mod build;
 pub mod changes;
 pub mod datapath;
 pub mod facts;
+pub mod family;
 pub mod input;
 pub mod kernel;
 pub mod names;
@@ -24,6 +25,7 @@ pub mod plan;
 
 pub use build::build;
 pub use datapath::{Datapath, Item, Place};
+pub use family::Family;
 pub use input::{FailureMode, IptablesBackend, Mark, MeshPod, NodeInput, TunnelKind};
 pub use kernel::{Kernel, LinuxKernel};
 pub use plan::{Plan, Step, plan};

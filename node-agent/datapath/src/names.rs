@@ -2,9 +2,15 @@
 //!
 //! Names and numbers are those of the first Istio Ambient, so that its documents apply.
 
-/// Set of the addresses of this node's mesh pods (host).
+use std::net::Ipv6Addr;
+
+use crate::family::Family;
+
+/// Set of the IPv4 addresses of this node's mesh pods (host).
 pub const SET: &str = "ztunnel-pods-ips";
-/// Room of [`SET`] in addresses: more than the pods of any node.
+/// Set of their IPv6 addresses (host).
+pub const SET6: &str = "ztunnel-pods-ips6";
+/// Room of each set in addresses: more than the pods of any node.
 pub const SET_SIZE: u32 = 65536;
 /// Device towards the proxy for traffic to mesh pods (host).
 pub const ISTIOIN: &str = "istioin";
@@ -49,6 +55,9 @@ pub mod priority {
 /// Route protocol of every route and rule of ours (rtnetlink(7); unassigned by iproute2).
 pub const PROTOCOL: u8 = 0x5a;
 
+/// Metric that IPv6 gives a route without one.
+pub const METRIC_IPV6: u32 = 1024;
+
 /// Metric of the routes that say no when nothing else is left: the highest there is, so that every
 /// other route of the table comes first.
 pub const METRIC_LAST: u32 = u32::MAX;
@@ -57,5 +66,21 @@ pub const METRIC_LAST: u32 = u32::MAX;
 /// a dial from a pod's address never meets the pod's own ports in the host's conntrack.
 pub const PROXY_PORT_RANGE: &str = "16384\t29999";
 
+/// Link-local addresses of a tunnel's ends, host and proxy. Fixed ones need no duplicate address
+/// detection, which would hold traffic back while it runs.
+pub const LINK_LOCAL: [Ipv6Addr; 2] = [
+    Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1),
+    Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2),
+];
+
 /// Prefix of our chains in both namespaces.
 pub const CHAIN_PREFIX: &str = "ztunnel-";
+
+/// Name of the set of a family.
+#[must_use]
+pub fn set(family: Family) -> &'static str {
+    match family {
+        Family::V4 => SET,
+        Family::V6 => SET6,
+    }
+}

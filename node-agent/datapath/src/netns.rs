@@ -4,10 +4,13 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
+
+use crate::family::Family;
 
 /// A network namespace: the one this process runs in, or one it holds a descriptor of.
 #[derive(Clone, Debug)]
@@ -89,6 +92,19 @@ impl Netns {
         Ok(NetnsId {
             device: metadata.dev(),
             inode: metadata.ino(),
+        })
+    }
+
+    /// The families that its kernel knows: IPv6 can be switched off at boot.
+    ///
+    /// # Errors
+    /// If the namespace cannot be entered.
+    pub fn families(&self) -> io::Result<&'static [Family]> {
+        let has_ipv6 = self.run(|| Path::new("/proc/thread-self/net/if_inet6").exists())?;
+        Ok(if has_ipv6 {
+            &Family::ALL
+        } else {
+            &[Family::V4]
         })
     }
 

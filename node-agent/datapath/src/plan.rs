@@ -142,9 +142,10 @@ fn is_outbound(item: &Item) -> bool {
 fn rank(item: &Item) -> u8 {
     match item {
         Item::Link(_) => 0,
-        Item::Up(_) => 1,
-        Item::Address(_) => 2,
-        Item::Sysctl(_) => 3,
+        // What a device does on its way up depends on them.
+        Item::Sysctl(_) => 1,
+        Item::Up(_) => 2,
+        Item::Address(_) => 3,
         Item::Route(route) if refuses(route) => 4,
         Item::Rule(_) => 5,
         Item::Set(_) => 6,

@@ -1,27 +1,33 @@
-//! The set of mesh pods' addresses, through libipset.
+//! The sets of mesh pods' addresses, one a family, through libipset.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 
 use ipset::Session;
 use ipset::types::{HashIp, ListResult};
 
 use crate::datapath::Item;
-use crate::names::{SET, SET_SIZE};
+use crate::family::Family;
+use crate::names::{self, SET_SIZE};
 use crate::netns::Netns;
 
 /// The set could not be read or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum IpSetError {
     /// The namespace could not be entered.
-    #[error("enter the network namespace to reach set {SET}")]
+    #[error("enter the network namespace to reach the sets of addresses")]
     Enter(#[source] std::io::Error),
     /// The set has no room left.
-    #[error("set {SET} is full: it cannot take {0}")]
-    Full(Ipv4Addr),
+    #[error("set {} is full: it cannot take {ip}", names::set(Family::of(*.ip)))]
+    Full {
+        /// The address.
+        ip: IpAddr,
+    },
     /// libipset said no.
-    #[error("{action} set {SET}: {message}")]
+    #[error("{action} set {}: {message}", names::set(*.family))]
     Library {
+        /// The family of the set.
+        family: Family,
         /// What was tried.
         action: &'static str,
         /// What libipset said.
@@ -29,8 +35,9 @@ pub enum IpSetError {
     },
 }
 
-fn failed(action: &'static str) -> impl Fn(ipset::types::Error) -> IpSetError {
+fn failed(action: &'static str, family: Family) -> impl Fn(ipset::types::Error) -> IpSetError {
     move |error| IpSetError::Library {
+        family,
         action,
         message: error.to_string(),
     }
@@ -47,70 +54,96 @@ fn within<T: Send, E: Send>(
     netns.run(work).map_err(IpSetError::Enter)
 }
 
-fn session(name: &str) -> Session<HashIp> {
-    Session::new(name.to_owned())
+fn session(family: Family) -> Session<HashIp> {
+    Session::new(names::set(family).to_owned())
 }
 
-/// The set and its members.
+/// The sets and their members.
 pub(super) fn observe(netns: &Netns) -> Result<Vec<Item>, IpSetError> {
     within(netns, || {
-        let list = match session(SET).list() {
-            Ok(ListResult::Normal(list)) => list,
-            Ok(ListResult::Terse(_)) => return Ok(Vec::new()),
-            Err(error) if error.to_string().contains("does not exist") => return Ok(Vec::new()),
-            Err(error) => return Err(failed("list")(error)),
-        };
-        let mut items = vec![Item::Set(SET.to_owned())];
-        for (member, _) in list.items.unwrap_or_default() {
-            if let IpAddr::V4(ip) = member.to_ip_addr() {
-                items.push(Item::Member(ip));
-            }
+        let mut items = Vec::new();
+        for family in Family::ALL {
+            items.extend(observe_one(family)?);
         }
         Ok(items)
     })?
 }
 
-pub(super) fn create(netns: &Netns, name: &str) -> Result<(), IpSetError> {
+fn observe_one(family: Family) -> Result<Vec<Item>, IpSetError> {
+    let list = match session(family).list() {
+        Ok(ListResult::Normal(list)) => list,
+        Ok(ListResult::Terse(_)) => return Ok(Vec::new()),
+        Err(error) if error.to_string().contains("does not exist") => return Ok(Vec::new()),
+        Err(error) => return Err(failed("list", family)(error)),
+    };
+    let members = list.items.unwrap_or_default();
+    let ips = members
+        .into_iter()
+        .map(|(member, _)| Item::Member(member.to_ip_addr()));
+    Ok([Item::Set(family)].into_iter().chain(ips).collect())
+}
+
+pub(super) fn create(netns: &Netns, family: Family) -> Result<(), IpSetError> {
     within(netns, || {
-        session(name)
-            .create(|builder| builder.with_ipv6(false)?.with_max_elem(SET_SIZE)?.build())
+        session(family)
+            .create(|builder| {
+                builder
+                    .with_ipv6(family == Family::V6)?
+                    .with_max_elem(SET_SIZE)?
+                    .build()
+            })
             .map(drop)
-            .map_err(failed("create"))
+            .map_err(failed("create", family))
     })?
 }
 
-pub(super) fn destroy(netns: &Netns, name: &str) -> Result<(), IpSetError> {
+pub(super) fn destroy(netns: &Netns, family: Family) -> Result<(), IpSetError> {
     within(netns, || {
-        session(name).destroy().map(drop).map_err(failed("destroy"))
+        session(family)
+            .destroy()
+            .map(drop)
+            .map_err(failed("destroy", family))
     })?
 }
 
-/// Adds (`true`) and removes (`false`) addresses, in one session; the index of the one that failed.
+/// Adds (`true`) and removes (`false`) addresses, in one session a family; the index of the one that
+/// failed.
 pub(super) fn change_members(
     netns: &Netns,
-    changes: &[(Ipv4Addr, bool)],
+    changes: &[(IpAddr, bool)],
 ) -> Result<(), (usize, IpSetError)> {
     let changed = within(netns, || {
-        let mut session = session(SET);
-        for (index, (ip, add)) in changes.iter().enumerate() {
-            let changed = if *add {
-                session.add(IpAddr::V4(*ip), &[])
-            } else {
-                session.del(IpAddr::V4(*ip))
-            };
-            changed.map_err(|error| (index, member_error(*ip, *add, &error)))?;
+        for family in Family::ALL {
+            let mut of_family = changes
+                .iter()
+                .enumerate()
+                .filter(|(_, (ip, _))| Family::of(*ip) == family)
+                .peekable();
+            if of_family.peek().is_none() {
+                continue;
+            }
+            let mut session = session(family);
+            for (index, (ip, add)) in of_family {
+                let changed = if *add {
+                    session.add(*ip, &[])
+                } else {
+                    session.del(*ip)
+                };
+                changed.map_err(|error| (index, member_error(*ip, *add, &error)))?;
+            }
         }
         Ok(())
     });
     changed.map_err(|error| (0, error))?
 }
 
-fn member_error(ip: Ipv4Addr, add: bool, error: &ipset::types::Error) -> IpSetError {
+fn member_error(ip: IpAddr, add: bool, error: &ipset::types::Error) -> IpSetError {
     let message = error.to_string();
     if message.contains("full") {
-        return IpSetError::Full(ip);
+        return IpSetError::Full { ip };
     }
     IpSetError::Library {
+        family: Family::of(ip),
         action: if add { "add to" } else { "remove from" },
         message,
     }

@@ -1,4 +1,5 @@
-//! Our chains, read by `iptables-save` and replaced by one `iptables-restore --noflush` a table.
+//! Our chains, read by `iptables-save` and replaced by one `iptables-restore --noflush` a table; those
+//! of IPv6 by the same programs of ip6tables.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -6,6 +7,7 @@ use std::io::{self, Write as _};
 use std::process::{Command, Output, Stdio};
 
 use crate::datapath::{Chain, Chains, Item, Table};
+use crate::family::Family;
 use crate::input::IptablesBackend;
 use crate::names::CHAIN_PREFIX;
 use crate::netns::Netns;
@@ -47,17 +49,21 @@ impl Iptables {
         Self { backend }
     }
 
-    fn save_program(self) -> &'static str {
-        match self.backend {
-            IptablesBackend::Nft => "iptables-nft-save",
-            IptablesBackend::Legacy => "iptables-legacy-save",
+    fn save_program(self, family: Family) -> &'static str {
+        match (self.backend, family) {
+            (IptablesBackend::Nft, Family::V4) => "iptables-nft-save",
+            (IptablesBackend::Nft, Family::V6) => "ip6tables-nft-save",
+            (IptablesBackend::Legacy, Family::V4) => "iptables-legacy-save",
+            (IptablesBackend::Legacy, Family::V6) => "ip6tables-legacy-save",
         }
     }
 
-    fn restore_program(self) -> &'static str {
-        match self.backend {
-            IptablesBackend::Nft => "iptables-nft-restore",
-            IptablesBackend::Legacy => "iptables-legacy-restore",
+    fn restore_program(self, family: Family) -> &'static str {
+        match (self.backend, family) {
+            (IptablesBackend::Nft, Family::V4) => "iptables-nft-restore",
+            (IptablesBackend::Nft, Family::V6) => "ip6tables-nft-restore",
+            (IptablesBackend::Legacy, Family::V4) => "iptables-legacy-restore",
+            (IptablesBackend::Legacy, Family::V6) => "ip6tables-legacy-restore",
         }
     }
 
@@ -65,18 +71,32 @@ impl Iptables {
     ///
     /// # Errors
     /// If the program is missing or fails.
-    pub fn observe(self, table: Table, netns: &Netns) -> Result<Option<Chains>, IptablesError> {
-        let saved = self.save(table, netns)?;
+    pub fn observe(
+        self,
+        family: Family,
+        table: Table,
+        netns: &Netns,
+    ) -> Result<Option<Chains>, IptablesError> {
+        let saved = self.save(family, table, netns)?;
         let chains = parse(&saved);
-        Ok((!chains.is_empty()).then_some(Chains { table, chains }))
+        Ok((!chains.is_empty()).then_some(Chains {
+            family,
+            table,
+            chains,
+        }))
     }
 
     /// What `iptables-save` prints of a table.
     ///
     /// # Errors
     /// If the program is missing or fails.
-    pub fn save(self, table: Table, netns: &Netns) -> Result<String, IptablesError> {
-        let program = self.save_program();
+    pub fn save(
+        self,
+        family: Family,
+        table: Table,
+        netns: &Netns,
+    ) -> Result<String, IptablesError> {
+        let program = self.save_program(family);
         run(netns, program, &["-t", table.name()], table, "")
     }
 
@@ -92,16 +112,17 @@ impl Iptables {
             _ => None,
         };
         let (old, new) = (as_chains(old), as_chains(new));
-        let Some(table) = new.as_ref().or(old.as_ref()).map(|chains| chains.table) else {
+        let Some(Chains { family, table, .. }) = new.as_ref().or(old.as_ref()) else {
             return Ok(());
         };
+        let (family, table) = (*family, *table);
         let none = BTreeMap::new();
         let text = transaction(
             table,
             old.as_ref().map_or(&none, |chains| &chains.chains),
             new.as_ref().map_or(&none, |chains| &chains.chains),
         );
-        let program = self.restore_program();
+        let program = self.restore_program(family);
         // -w: the lock may be held by kube-proxy.
         run(netns, program, &["--noflush", "-w", "5"], table, &text).map(drop)
     }

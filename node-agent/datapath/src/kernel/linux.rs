@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use crate::datapath::{Datapath, Item, Place, Table};
+use crate::family::Family;
 use crate::input::IptablesBackend;
 use crate::kernel::ip_set;
 use crate::kernel::iptables::{Iptables, IptablesError};
@@ -77,9 +78,8 @@ impl LinuxKernel {
             None => BTreeMap::new(),
         };
         items.extend(side.netlink.host_links(&peers).await?);
-        let (mangle, nat) = tokio::try_join!(side.chains(Table::Mangle), side.chains(Table::Nat))?;
-        items.extend(mangle);
-        items.extend(nat);
+        let wanted = chains(interest, &items);
+        items.extend(side.chains(wanted, &[Table::Mangle, Table::Nat]).await?);
         items.extend(ip_set::observe(&side.netns)?);
         Ok(items)
     }
@@ -152,7 +152,8 @@ impl Kernel for LinuxKernel {
             proxy = self
                 .observe_side(side, Place::Proxy, &interest.proxy)
                 .await?;
-            proxy.extend(side.chains(Table::Mangle).await?);
+            let wanted = chains(&interest.proxy, &proxy);
+            proxy.extend(side.chains(wanted, &[Table::Mangle]).await?);
         }
         Ok(Datapath { host, proxy })
     }
@@ -195,7 +196,22 @@ fn kind(step: &Step) -> Kind {
     }
 }
 
-fn member(step: &Step) -> Option<(std::net::Ipv4Addr, bool)> {
+/// The families that there may be chains of ours in. IPv6's are read only where they are wanted, or
+/// where rules are: those are made before chains and removed after them.
+fn chains(interest: &BTreeSet<Item>, observed: &BTreeSet<Item>) -> &'static [Family] {
+    let is_of_ipv6 = |item: &Item| match item {
+        Item::Chains(chains) => chains.family == Family::V6,
+        Item::Rule(rule) => rule.family == Family::V6,
+        _ => false,
+    };
+    if interest.iter().chain(observed).any(is_of_ipv6) {
+        &Family::ALL
+    } else {
+        &[Family::V4]
+    }
+}
+
+fn member(step: &Step) -> Option<(std::net::IpAddr, bool)> {
     match &step.change {
         Change::Add(Item::Member(ip))
         | Change::Replace {
@@ -209,8 +225,8 @@ fn member(step: &Step) -> Option<(std::net::Ipv4Addr, bool)> {
 
 fn change_set(netns: &Netns, old: Option<&Item>, new: Option<&Item>) -> Result<(), KernelError> {
     match (old, new) {
-        (None, Some(Item::Set(name))) => ip_set::create(netns, name)?,
-        (Some(Item::Set(name)), None) => ip_set::destroy(netns, name)?,
+        (None, Some(Item::Set(family))) => ip_set::create(netns, *family)?,
+        (Some(Item::Set(family)), None) => ip_set::destroy(netns, *family)?,
         _ => {}
     }
     Ok(())
@@ -226,11 +242,22 @@ impl Side {
         })
     }
 
-    /// Our chains of a table. Programs run on threads of their own: they take tens of milliseconds.
-    async fn chains(&self, table: Table) -> Result<Option<Item>, KernelError> {
-        let (iptables, netns) = (self.iptables, self.netns.clone());
-        let chains = aside(move || iptables.observe(table, &netns)).await?;
-        Ok(chains.map(Item::Chains))
+    /// Our chains of some tables, read all at once. Programs run on threads of their own: they take
+    /// tens of milliseconds.
+    async fn chains(
+        &self,
+        families: &[Family],
+        tables: &[Table],
+    ) -> Result<Vec<Item>, IptablesError> {
+        let of_one = |family, table| {
+            let (iptables, netns) = (self.iptables, self.netns.clone());
+            aside(move || iptables.observe(family, table, &netns))
+        };
+        let all = families
+            .iter()
+            .flat_map(|family| tables.iter().map(move |table| of_one(*family, *table)));
+        let found = futures::future::try_join_all(all).await?;
+        Ok(found.into_iter().flatten().map(Item::Chains).collect())
     }
 
     async fn replace(&self, old: Option<&Item>, new: Option<&Item>) -> Result<(), KernelError> {

@@ -5,29 +5,31 @@ mod message;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 
 use futures::TryStreamExt;
-use netlink_packet_route::AddressFamily;
-use netlink_packet_route::address::AddressMessage;
-use netlink_packet_route::link::{InfoData, InfoVeth, LinkFlags, LinkMessage};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use netlink_packet_route::link::{InfoData, InfoGeneve, InfoVeth, LinkFlags, LinkMessage};
 use netlink_packet_route::route::RouteMessage;
+use netlink_packet_route::rule::RuleMessage;
 use rtnetlink::{Handle, IpVersion, LinkGeneve, LinkMessageBuilder, LinkUnspec, LinkVeth};
 
 use crate::datapath::{Address, Item, Link, Place};
+use crate::family::Family;
 use crate::names::{ISTIOIN, ISTIOOUT};
 use crate::netns::Netns;
 
 use device::{geneve, host_link, is_geneve, is_ours, own_address};
 
-pub(crate) use device::{ipv4, kind, mtu, name, peer_index};
+pub(crate) use device::{ip, kind, mtu, name, peer_index};
 pub(crate) use message::{foreign_mark, way};
 
 /// A netlink socket in one namespace.
 #[derive(Clone, Debug)]
 pub struct Netlink {
     handle: Handle,
+    families: &'static [Family],
 }
 
 /// A request that the kernel refused.
@@ -64,7 +66,10 @@ impl Netlink {
             rtnetlink::new_connection()
         })??;
         tokio::spawn(connection);
-        Ok(Self { handle })
+        Ok(Self {
+            handle,
+            families: netns.families()?,
+        })
     }
 
     pub(crate) async fn links(&self) -> Result<Vec<LinkMessage>, NetlinkError> {
@@ -91,33 +96,44 @@ impl Netlink {
             .map_err(|error| NetlinkError::Read("addresses", error))
     }
 
+    /// Routes of every family.
     pub(crate) async fn routes(&self) -> Result<Vec<RouteMessage>, NetlinkError> {
-        let mut message = RouteMessage::default();
-        message.header.address_family = AddressFamily::Inet;
-        let routes = self.handle.route().get(message).execute().try_collect();
-        routes
-            .await
-            .map_err(|error| NetlinkError::Read("routes", error))
+        let mut routes = Vec::new();
+        for family in self.families {
+            let mut message = RouteMessage::default();
+            message.header.address_family = message::address_family(*family);
+            let found = self.handle.route().get(message).execute();
+            let found: Vec<_> = found
+                .try_collect()
+                .await
+                .map_err(|error| NetlinkError::Read("routes", error))?;
+            routes.extend(found);
+        }
+        Ok(routes)
     }
 
-    pub(crate) async fn rules(
-        &self,
-    ) -> Result<Vec<netlink_packet_route::rule::RuleMessage>, NetlinkError> {
-        let rules = self
-            .handle
-            .rule()
-            .get(IpVersion::V4)
-            .execute()
-            .try_collect();
-        rules
-            .await
-            .map_err(|error| NetlinkError::Read("rules", error))
+    /// Rules of every family.
+    pub(crate) async fn rules(&self) -> Result<Vec<RuleMessage>, NetlinkError> {
+        let mut rules = Vec::new();
+        for family in self.families {
+            let version = match family {
+                Family::V4 => IpVersion::V4,
+                Family::V6 => IpVersion::V6,
+            };
+            let found = self.handle.rule().get(version).execute();
+            let found: Vec<_> = found
+                .try_collect()
+                .await
+                .map_err(|error| NetlinkError::Read("rules", error))?;
+            rules.extend(found);
+        }
+        Ok(rules)
     }
 
     /// The way the kernel takes to an address, as `ip route get`.
     pub(crate) async fn route_to(
         &self,
-        to: Ipv4Addr,
+        to: IpAddr,
         mark: Option<u32>,
     ) -> Result<Option<RouteMessage>, NetlinkError> {
         let message = message::query(to, mark);
@@ -215,18 +231,20 @@ impl Netlink {
             }
             (_, Some(Item::Address(Address { device, address }))) => {
                 let index = self.device(device).await?;
-                let ip = IpAddr::V4(address.addr());
-                let request = self.handle.address().add(index, ip, address.prefix_len());
+                let addresses = self.handle.address();
+                let mut request = addresses.add(index, address.addr(), address.prefix_len());
+                // Nobody else can have it: only the tunnel's other end is on its network.
+                let flags = AddressAttribute::Flags(AddressFlags::Nodad);
+                request.message_mut().attributes.push(flags);
                 request.replace().execute().await.map_err(failed)
             }
             (Some(Item::Address(Address { device, address })), None) => {
                 let Ok(index) = self.device(device).await else {
                     return Ok(());
                 };
-                let message = rtnetlink::AddressMessageBuilder::<Ipv4Addr>::new()
-                    .index(index)
-                    .address(address.addr(), address.prefix_len())
-                    .build();
+                let (ip, length) = (address.addr(), address.prefix_len());
+                let mut request = self.handle.address().add(index, ip, length);
+                let message = std::mem::take(request.message_mut());
                 gone(self.handle.address().del(message).execute().await).map_err(failed)
             }
             // A device of ours that is no longer wanted up is removed.
@@ -312,7 +330,10 @@ impl Netlink {
                 port,
                 mtu,
             } => LinkGeneve::new(name, *vni)
-                .remote(*remote)
+                .append_info_data(match remote {
+                    IpAddr::V4(ip) => InfoGeneve::Remote(*ip),
+                    IpAddr::V6(ip) => InfoGeneve::Remote6(*ip),
+                })
                 .port(*port)
                 .mtu(*mtu)
                 .build(),

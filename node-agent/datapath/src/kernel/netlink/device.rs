@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
     InfoData, InfoGeneve, InfoKind, LinkAttribute, LinkInfo, LinkMessage,
 };
 
 use crate::datapath::{Address, Link};
-use crate::names::{ISTIOIN, ISTIOOUT, PISTIOIN, PISTIOOUT};
+use crate::names::{ISTIOIN, ISTIOOUT, LINK_LOCAL, PISTIOIN, PISTIOOUT};
 
 pub(crate) fn name(link: &LinkMessage) -> String {
     link.attributes
@@ -84,7 +84,7 @@ pub(super) fn host_link(link: &LinkMessage, peers: &BTreeMap<String, u32>) -> Li
 }
 
 pub(super) fn geneve(link: &LinkMessage) -> Link {
-    let (mut vni, mut remote, mut port) = (0, Ipv4Addr::UNSPECIFIED, 0);
+    let (mut vni, mut remote, mut port) = (0, IpAddr::from(Ipv4Addr::UNSPECIFIED), 0);
     for info in infos(link) {
         let LinkInfo::Data(InfoData::Geneve(values)) = info else {
             continue;
@@ -92,7 +92,8 @@ pub(super) fn geneve(link: &LinkMessage) -> Link {
         for value in values {
             match value {
                 InfoGeneve::Id(id) => vni = *id,
-                InfoGeneve::Remote(ip) => remote = *ip,
+                InfoGeneve::Remote(ip) => remote = (*ip).into(),
+                InfoGeneve::Remote6(ip) => remote = (*ip).into(),
                 InfoGeneve::Port(number) => port = *number,
                 _ => {}
             }
@@ -112,17 +113,29 @@ pub(super) fn own_address(
     names: &BTreeMap<u32, String>,
 ) -> Option<Address> {
     let device = names.get(&message.header.index)?.clone();
-    let ip = ipv4(message)?;
-    let address = Ipv4Net::new(ip, message.header.prefix_len).ok()?;
-    is_ours(&device).then_some(Address { device, address })
+    let ip = ip(message)?;
+    let address = IpNet::new(ip, message.header.prefix_len).ok()?;
+    (is_ours(&device) && !is_kernels_own(ip)).then_some(Address { device, address })
 }
 
-pub(crate) fn ipv4(message: &AddressMessage) -> Option<Ipv4Addr> {
-    message
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            AddressAttribute::Local(IpAddr::V4(ip)) => Some(*ip),
+/// The kernel gives every device a link-local address, unless told otherwise.
+fn is_kernels_own(ip: IpAddr) -> bool {
+    matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local() && !LINK_LOCAL.contains(&ip))
+}
+
+/// The device's own address; of IPv6, the kernel tells it as that of a peer.
+pub(crate) fn ip(message: &AddressMessage) -> Option<IpAddr> {
+    let find = |wanted: fn(&AddressAttribute) -> Option<IpAddr>| {
+        message.attributes.iter().find_map(wanted)
+    };
+    find(|attribute| match attribute {
+        AddressAttribute::Local(ip) => Some(*ip),
+        _ => None,
+    })
+    .or_else(|| {
+        find(|attribute| match attribute {
+            AddressAttribute::Address(ip) => Some(*ip),
             _ => None,
         })
+    })
 }

@@ -1,9 +1,9 @@
 //! Routes and rules as rtnetlink messages, and back.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::IpProtocol;
 use netlink_packet_route::route::{
@@ -13,10 +13,36 @@ use netlink_packet_route::route::{
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 
 use crate::datapath::{Action, Route, Rule, Selector, Target};
+use crate::family::Family;
 use crate::input::Mark;
 use crate::names::{PROTOCOL, TABLE_INBOUND, TABLE_LOCAL, TABLE_OUTBOUND, TABLE_RETURN};
 
 const NEXTHOP_ONLINK: u32 = 4;
+
+/// What netlink calls a family.
+pub(super) fn address_family(family: Family) -> AddressFamily {
+    match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    }
+}
+
+/// The family that netlink means.
+fn family_of(family: AddressFamily) -> Option<Family> {
+    match family {
+        AddressFamily::Inet => Some(Family::V4),
+        AddressFamily::Inet6 => Some(Family::V6),
+        _ => None,
+    }
+}
+
+fn ip_of(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(ip) => Some((*ip).into()),
+        RouteAddress::Inet6(ip) => Some((*ip).into()),
+        _ => None,
+    }
+}
 
 pub(super) fn route_device(route: &Route) -> Option<&str> {
     match &route.target {
@@ -31,7 +57,7 @@ pub(super) fn route_device(route: &Route) -> Option<&str> {
 pub(super) fn route(route: &Route, index: Option<u32>) -> RouteMessage {
     let mut message = RouteMessage::default();
     let header = &mut message.header;
-    header.address_family = AddressFamily::Inet;
+    header.address_family = address_family(route.family());
     header.destination_prefix_length = route.destination.prefix_len();
     header.protocol = RouteProtocol::Other(PROTOCOL);
     header.kind = RouteType::Unicast;
@@ -49,12 +75,10 @@ pub(super) fn route(route: &Route, index: Option<u32>) -> RouteMessage {
     let attributes = &mut message.attributes;
     attributes.push(RouteAttribute::Table(route.table));
     if route.destination.prefix_len() > 0 {
-        attributes.push(RouteAttribute::Destination(RouteAddress::Inet(
-            route.destination.addr(),
-        )));
+        attributes.push(RouteAttribute::Destination(route.destination.addr().into()));
     }
     if let Target::Via { gateway, .. } = &route.target {
-        attributes.push(RouteAttribute::Gateway(RouteAddress::Inet(*gateway)));
+        attributes.push(RouteAttribute::Gateway((*gateway).into()));
     }
     attributes.extend(index.map(RouteAttribute::Oif));
     if route.metric > 0 {
@@ -64,13 +88,13 @@ pub(super) fn route(route: &Route, index: Option<u32>) -> RouteMessage {
 }
 
 /// A question for the way to an address.
-pub(super) fn query(to: Ipv4Addr, mark: Option<u32>) -> RouteMessage {
+pub(super) fn query(to: IpAddr, mark: Option<u32>) -> RouteMessage {
     let mut message = RouteMessage::default();
-    message.header.address_family = AddressFamily::Inet;
-    message.header.destination_prefix_length = 32;
+    message.header.address_family = address_family(Family::of(to));
+    message.header.destination_prefix_length = IpNet::from(to).prefix_len();
     message
         .attributes
-        .push(RouteAttribute::Destination(RouteAddress::Inet(to)));
+        .push(RouteAttribute::Destination(to.into()));
     message.attributes.extend(mark.map(RouteAttribute::Mark));
     message
 }
@@ -84,17 +108,18 @@ pub(super) fn own_route(message: &RouteMessage, names: &BTreeMap<u32, String>) -
     if ![TABLE_INBOUND, TABLE_OUTBOUND, TABLE_RETURN, TABLE_LOCAL].contains(&table) {
         return None;
     }
-    let (mut ip, mut gateway, mut device, mut metric) = (Ipv4Addr::UNSPECIFIED, None, None, 0);
+    let everywhere = family_of(message.header.address_family)?.everywhere();
+    let (mut ip, mut gateway, mut device, mut metric) = (everywhere.addr(), None, None, 0);
     for attribute in &message.attributes {
         match attribute {
-            RouteAttribute::Destination(RouteAddress::Inet(address)) => ip = *address,
-            RouteAttribute::Gateway(RouteAddress::Inet(address)) => gateway = Some(*address),
+            RouteAttribute::Destination(address) => ip = ip_of(address)?,
+            RouteAttribute::Gateway(address) => gateway = ip_of(address),
             RouteAttribute::Oif(index) => device = names.get(index).cloned(),
             RouteAttribute::Priority(value) => metric = *value,
             _ => {}
         }
     }
-    let destination = Ipv4Net::new(ip, message.header.destination_prefix_length).ok()?;
+    let destination = IpNet::new(ip, message.header.destination_prefix_length).ok()?;
     let onlink = message.header.flags.bits() & NEXTHOP_ONLINK != 0;
     let target = match (message.header.kind, gateway, device) {
         (RouteType::Unreachable, _, _) => Target::Unreachable,
@@ -128,7 +153,7 @@ fn table(header: &RouteHeader, attributes: &[RouteAttribute]) -> u32 {
 /// A rule.
 pub(super) fn rule(rule: &Rule) -> RuleMessage {
     let mut message = RuleMessage::default();
-    message.header.family = AddressFamily::Inet;
+    message.header.family = address_family(rule.family);
     let attributes = &mut message.attributes;
     attributes.push(RuleAttribute::Priority(rule.priority));
     attributes.push(RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)));
@@ -157,6 +182,7 @@ pub(super) fn rule(rule: &Rule) -> RuleMessage {
 
 /// A rule that carries our protocol.
 pub(super) fn own_rule(message: &RuleMessage) -> Option<Rule> {
+    let family = family_of(message.header.family)?;
     let (mut priority, mut value, mut mask, mut table) =
         (0, None, None, u32::from(message.header.table));
     let (mut goto, mut own, mut selector) = (None, false, Selector::All);
@@ -182,6 +208,7 @@ pub(super) fn own_rule(message: &RuleMessage) -> Option<Rule> {
         _ => Action::Lookup(table),
     };
     own.then_some(Rule {
+        family,
         priority,
         selector,
         action,
@@ -189,12 +216,12 @@ pub(super) fn own_rule(message: &RuleMessage) -> Option<Rule> {
 }
 
 /// The device and the source address of an answer to [`query`].
-pub(crate) fn way(message: &RouteMessage) -> (Option<u32>, Option<Ipv4Addr>) {
+pub(crate) fn way(message: &RouteMessage) -> (Option<u32>, Option<IpAddr>) {
     let mut way = (None, None);
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Oif(index) => way.0 = Some(*index),
-            RouteAttribute::PrefSource(RouteAddress::Inet(ip)) => way.1 = Some(*ip),
+            RouteAttribute::PrefSource(address) => way.1 = ip_of(address),
             _ => {}
         }
     }
