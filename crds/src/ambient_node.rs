@@ -102,10 +102,12 @@ pub struct TunnelEndSpec {
     #[schemars(length(max = 18))]
     #[schemars(extend("x-kubernetes-validations" = validation::network()))]
     pub cidr: String,
-    /// Inner network of IPv6, used on nodes whose pods have IPv6 addresses.
+    /// Inner network of IPv6, where pods have such addresses; its addresses as those of `cidr`.
+    /// Default: fd61:6d62:6974:126::/126 (inbound), fd61:6d62:6974:127::/126 (outbound).
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 43))]
     #[schemars(extend("x-kubernetes-validations" = validation::ipv6_network()))]
-    pub ipv6_cidr: String,
+    pub ipv6_cidr: Option<String>,
 }
 
 /// Kind of tunnel device.
@@ -304,12 +306,12 @@ impl Default for TunnelSpec {
             inbound: TunnelEndSpec {
                 vni: 1000,
                 cidr: "192.168.126.0/30".to_owned(),
-                ipv6_cidr: "fd61:6d62:6974:126::/126".to_owned(),
+                ipv6_cidr: None,
             },
             outbound: TunnelEndSpec {
                 vni: 1001,
                 cidr: "192.168.127.0/30".to_owned(),
-                ipv6_cidr: "fd61:6d62:6974:127::/126".to_owned(),
+                ipv6_cidr: None,
             },
             mtu: None,
         }

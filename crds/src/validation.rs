@@ -18,10 +18,21 @@ pub(crate) fn tunnels() -> Value {
              cidr(self.outbound.cidr).containsCIDR(self.inbound.cidr))",
             "the tunnels' cidr must not overlap: give inbound and outbound networks of their own",
         ),
+        (
+            "has(self.inbound.ipv6Cidr) == has(self.outbound.ipv6Cidr)",
+            "set the ipv6Cidr of both tunnels, or of none",
+        ),
+        (
+            "!has(self.inbound.ipv6Cidr) || !has(self.outbound.ipv6Cidr) || \
+             !isCIDR(self.inbound.ipv6Cidr) || !isCIDR(self.outbound.ipv6Cidr) || \
+             !(cidr(self.inbound.ipv6Cidr).containsCIDR(self.outbound.ipv6Cidr) || \
+             cidr(self.outbound.ipv6Cidr).containsCIDR(self.inbound.ipv6Cidr))",
+            "the tunnels' ipv6Cidr must not overlap: give inbound and outbound networks of their own",
+        ),
     ])
 }
 
-/// Of a tunnel's inner network.
+/// Of a tunnel's inner network of IPv4.
 pub(crate) fn network() -> Value {
     rules(&[
         (
@@ -32,12 +43,29 @@ pub(crate) fn network() -> Value {
             "!isCIDR(self) || cidr(self).prefixLength() >= 16 && cidr(self).prefixLength() <= 30",
             "must be a network of /16 to /30: it has to hold two addresses, and should hide no others",
         ),
-        (
-            "!isCIDR(self) || cidr(self) == cidr(self).masked()",
-            "must be the address of a network: the bits after the prefix must be zero",
-        ),
+        IS_MASKED,
     ])
 }
+
+/// Of a tunnel's inner network of IPv6.
+pub(crate) fn ipv6_network() -> Value {
+    rules(&[
+        (
+            "isCIDR(self) && cidr(self).ip().family() == 6",
+            "must be an IPv6 network, for example fd61:6d62:6974:126::/126",
+        ),
+        (
+            "!isCIDR(self) || cidr(self).prefixLength() >= 48 && cidr(self).prefixLength() <= 126",
+            "must be a network of /48 to /126: it has to hold two addresses, and should hide no others",
+        ),
+        IS_MASKED,
+    ])
+}
+
+const IS_MASKED: (&str, &str) = (
+    "!isCIDR(self) || cidr(self) == cidr(self).masked()",
+    "must be the address of a network: the bits after the prefix must be zero",
+);
 
 /// Of the listeners' ports.
 pub(crate) fn ports() -> Value {

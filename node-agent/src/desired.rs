@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use crds::{AmbientNodeSpec, TunnelEndSpec, Workload, WorkloadNote, reasons};
 use datapath::attachment::Attachment;
 use datapath::input::{Marks, Ports, Proxy, Tunnel, TunnelEnd};
-use datapath::{Family, FailureMode, Mark, MeshPod, NodeInput, TunnelKind};
+use datapath::{FailureMode, Family, Mark, MeshPod, NodeInput, TunnelKind};
 use ipnet::IpNet;
 
 /// Bytes that geneve adds over IPv4: inner Ethernet, IP, UDP and geneve headers (RFC 8926).
@@ -15,6 +15,12 @@ const GENEVE_OVERHEAD_IPV4: u32 = 50;
 
 /// Bytes that geneve adds over IPv6.
 const GENEVE_OVERHEAD_IPV6: u32 = 70;
+
+/// Inner network of IPv6 of the inbound tunnel, where the spec names none: unique-local (RFC 4193).
+const INBOUND_IPV6: &str = "fd61:6d62:6974:126::/126";
+
+/// That of the outbound tunnel.
+const OUTBOUND_IPV6: &str = "fd61:6d62:6974:127::/126";
 
 /// Largest virtual network identifier (RFC 8926: 24 bits).
 const LAST_VNI: u32 = (1 << 24) - 1;
@@ -54,8 +60,8 @@ pub(crate) struct InvalidSpec {
 
 /// Checks a spec.
 pub(crate) fn parse(spec: &AmbientNodeSpec) -> Result<Wanted, InvalidSpec> {
-    let inbound = tunnel_end("tunnel.inbound", &spec.tunnel.inbound)?;
-    let outbound = tunnel_end("tunnel.outbound", &spec.tunnel.outbound)?;
+    let inbound = tunnel_end("tunnel.inbound", &spec.tunnel.inbound, INBOUND_IPV6)?;
+    let outbound = tunnel_end("tunnel.outbound", &spec.tunnel.outbound, OUTBOUND_IPV6)?;
     distinct_tunnels(inbound, outbound)?;
     let (pods, unusable) = pods(&spec.workloads);
     Ok(Wanted {
@@ -131,7 +137,11 @@ fn invalid(field: impl Into<String>, problem: impl ToString) -> InvalidSpec {
     }
 }
 
-fn tunnel_end(field: &str, spec: &TunnelEndSpec) -> Result<TunnelEnd, InvalidSpec> {
+fn tunnel_end(
+    field: &str,
+    spec: &TunnelEndSpec,
+    default_ipv6: &str,
+) -> Result<TunnelEnd, InvalidSpec> {
     if spec.vni == 0 || spec.vni > LAST_VNI {
         return Err(invalid(
             format!("{field}.vni"),
@@ -146,8 +156,9 @@ fn tunnel_end(field: &str, spec: &TunnelEndSpec) -> Result<TunnelEnd, InvalidSpe
             )
         })
     };
+    let ipv6 = spec.ipv6_cidr.as_deref().unwrap_or(default_ipv6);
     let ipv4 = network("cidr", &spec.cidr, "192.168.126.0/30")?;
-    let ipv6 = network("ipv6Cidr", &spec.ipv6_cidr, "fd61:6d62:6974:126::/126")?;
+    let ipv6 = network("ipv6Cidr", ipv6, default_ipv6)?;
     let (IpNet::V4(ipv4), IpNet::V6(ipv6)) = (ipv4, ipv6) else {
         return Err(invalid(
             field,
@@ -346,11 +357,11 @@ pub(crate) mod tests {
                 "spec.tunnel.inbound: cidr is of IPv4",
             ),
             (
-                |spec| spec.tunnel.inbound.ipv6_cidr = "fd00::/127".to_owned(),
+                |spec| spec.tunnel.inbound.ipv6_cidr = Some("fd00::/127".to_owned()),
                 "spec.tunnel.inbound: fd00::/127 has no room",
             ),
             (
-                |spec| spec.tunnel.inbound.ipv6_cidr = "fd61:6d62:6974::/48".to_owned(),
+                |spec| spec.tunnel.inbound.ipv6_cidr = Some("fd61:6d62:6974::/48".to_owned()),
                 "spec.tunnel.outbound.ipv6Cidr:",
             ),
             (
@@ -391,7 +402,7 @@ pub(crate) mod tests {
     proptest! {
         #[test]
         fn no_spec_makes_the_parser_panic(
-            vni in any::<u32>(), cidr in ".{0,20}", ipv6_cidr in ".{0,20}", mark in ".{0,22}", port in any::<u16>(),
+            vni in any::<u32>(), cidr in ".{0,20}", ipv6_cidr in prop::option::of(".{0,20}"), mark in ".{0,22}", port in any::<u16>(),
             ips in prop::collection::vec(".{0,16}", 0..3),
         ) {
             let mut spec = spec(vec![Workload { ips, ..workload("a", "") }]);

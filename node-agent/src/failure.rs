@@ -107,7 +107,7 @@ impl From<&ApplyError> for Failure {
             KernelError::Netlink(NetlinkError::GeneveUnsupported) => reasons::GENEVE_UNSUPPORTED,
             KernelError::Netlink(NetlinkError::ForeignDevice(_)) => reasons::FOREIGN_DEVICE,
             KernelError::Iptables(IptablesError::Missing(_)) => reasons::IPTABLES_MISSING,
-            KernelError::IpSet(IpSetError::Full(_)) => reasons::SET_FULL,
+            KernelError::IpSet(IpSetError::Full { .. }) => reasons::SET_FULL,
             _ => reasons::APPLY_FAILED,
         };
         let part = match error.step.change.item() {
@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn a_missing_iptables_is_named() {
         let failure = apply_error(
-            Item::Set("x".to_owned()),
+            Item::Set(datapath::Family::V4),
             IptablesError::Missing("iptables-nft-restore").into(),
         );
         assert_eq!(failure.reason, reasons::IPTABLES_MISSING);
@@ -184,7 +184,7 @@ mod tests {
     #[test]
     fn a_full_set_is_named_with_the_address_that_did_not_fit() {
         let ip = "10.0.0.4".parse().unwrap();
-        let failure = apply_error(Item::Member(ip), IpSetError::Full(ip).into());
+        let failure = apply_error(Item::Member(ip), IpSetError::Full { ip }.into());
         assert_eq!(
             (failure.part, failure.reason),
             (Part::Redirection, reasons::SET_FULL)

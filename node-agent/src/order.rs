@@ -7,7 +7,7 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use datapath::datapath::{Route, Target};
@@ -75,7 +75,7 @@ impl Enrolment {
             .iter()
             .map(|pod| pod.workload.uid.as_str())
             .collect();
-        let kept: BTreeSet<Ipv4Addr> = selected.iter().flat_map(|pod| pod.ips.clone()).collect();
+        let kept: BTreeSet<IpAddr> = selected.iter().flat_map(|pod| pod.ips.clone()).collect();
         let before = std::mem::take(&mut self.enrolled);
         self.leaving.extend(before);
         // An address that a selected pod has is that pod's, whoever had it before.
@@ -118,7 +118,7 @@ fn leads_to_proxy(observed: &Datapath) -> bool {
     })
 }
 
-fn members(observed: &Datapath) -> BTreeSet<Ipv4Addr> {
+fn members(observed: &Datapath) -> BTreeSet<IpAddr> {
     observed
         .host
         .iter()
@@ -130,7 +130,7 @@ fn members(observed: &Datapath) -> BTreeSet<Ipv4Addr> {
 }
 
 /// Addresses whose traffic goes to the proxy in one direction at least.
-fn held(observed: &Datapath) -> BTreeSet<Ipv4Addr> {
+fn held(observed: &Datapath) -> BTreeSet<IpAddr> {
     let routed = observed.host.iter().filter_map(|item| match item {
         Item::Route(Route {
             table: TABLE_INBOUND,

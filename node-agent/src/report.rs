@@ -99,11 +99,11 @@ pub(crate) fn report(
             .into_iter()
             .map(|part| part.condition(outcome.generation, previous, now))
             .collect(),
-        host_ip: proxy.map(|(_, attachment)| attachment.host_ip.to_string()),
+        host_ip: proxy.map(|(_, attachment)| attachment.ends.outer().host.to_string()),
         proxy: proxy.map(|(identity, attachment)| ProxyStatus {
             pod_name: identity.pod_name.clone(),
             pod_uid: identity.pod_uid.clone(),
-            ip: attachment.ip.to_string(),
+            ip: attachment.ends.outer().proxy.to_string(),
             device: attachment.host_device.clone(),
             version: identity.version.clone(),
         }),
@@ -214,7 +214,9 @@ fn proxy_attached(outcome: &Outcome) -> Statement {
             reasons::ATTACHED,
             format!(
                 "{} at {} by device {}",
-                identity.pod_name, attachment.ip, attachment.host_device
+                identity.pod_name,
+                attachment.ends.outer().proxy,
+                attachment.host_device
             ),
         ),
         (ProxyState::Unusable(why), _) => Statement::fails(kind, reasons::PROXY_UNUSABLE, why),
@@ -425,11 +427,13 @@ pub(crate) mod tests {
                     version: "1".to_owned(),
                 },
                 Attachment {
-                    ip: "10.0.0.3".parse().unwrap(),
+                    ends: datapath::input::Ends::V4(datapath::input::Pair {
+                        proxy: "10.0.0.3".parse().unwrap(),
+                        host: "10.0.0.1".parse().unwrap(),
+                    }),
                     device: "eth0".to_owned(),
                     host_device: "vethp".to_owned(),
                     mtu: 1500,
-                    host_ip: "10.0.0.1".parse().unwrap(),
                     default_rp_filter: "0".to_owned(),
                 },
             ),

@@ -3,9 +3,7 @@
 
 mod bed;
 
-use std::net::Ipv4Addr;
-
-use bed::input;
+use bed::{dual, input, replaced};
 use datapath::datapath::{Datapath, Item, Link};
 use datapath::{FailureMode, NodeInput, TunnelKind, build, plan};
 
@@ -93,11 +91,7 @@ fn golden_proxy_restarts_in_its_pod() {
 
 #[test]
 fn golden_proxy_replaced() {
-    let mut new = input(1);
-    if let Some(proxy) = &mut new.proxy {
-        proxy.ip = Ipv4Addr::new(10, 244, 1, 9);
-        proxy.host_device = "vnext".to_owned();
-    }
+    let new = replaced(input(1));
     shown(
         "proxy_replaced",
         &plan(&build(&new), &seen_from_new_proxy(&input(1))).to_string(),
@@ -122,6 +116,19 @@ fn seen_from_new_proxy(old: &NodeInput) -> Datapath {
         })
         .collect();
     seen
+}
+
+#[test]
+fn golden_dual_stack() {
+    shown("dual_stack", &from_nothing(&dual(input(1))));
+}
+
+#[test]
+fn golden_ipv4_becomes_dual_stack() {
+    shown(
+        "ipv4_becomes_dual_stack",
+        &between(&input(1), &dual(input(1))),
+    );
 }
 
 #[test]

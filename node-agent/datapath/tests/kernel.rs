@@ -7,12 +7,12 @@
 mod bed;
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use bed::converge::{BACKENDS, attached, converge, kernel};
-use bed::{Bed, HOST, PODS, PROXY, input_with};
+use bed::{Bed, HOST, PODS, PROXY, dual, input_with, ipv6_of};
 use datapath::{
-    Datapath, FailureMode, IptablesBackend, Kernel, NodeInput, TunnelKind, build, plan,
+    Datapath, FailureMode, Family, IptablesBackend, Kernel, NodeInput, TunnelKind, build, plan,
 };
 
 #[tokio::test]
@@ -240,10 +240,11 @@ async fn a_proxys_namespace_is_found_from_both_sides() {
     .await
     .unwrap();
     assert_eq!(
-        (found.ip, found.device.as_str(), found.host_device.as_str()),
-        (PROXY, "eth0", "vproxy")
+        (found.device.as_str(), found.host_device.as_str()),
+        ("eth0", "vproxy")
     );
-    assert_eq!(found.host_ip.to_string(), HOST);
+    let ends = input_with(TunnelKind::Veth, 0).proxy.unwrap().ends;
+    assert_eq!(found.ends, ends);
 }
 
 #[tokio::test]
@@ -354,35 +355,44 @@ async fn geneve_connections_from_and_to_mesh_pods_meet_the_proxy() {
 
 async fn connections_meet_the_proxy(kind: TunnelKind) {
     for backend in BACKENDS {
-        let bed = Bed::new(backend);
-        attached(&bed, &input_with(kind, 1)).await;
-        let [mesh, outside] = PODS;
-        // The proxy's answers come from there, and the host takes none from where it has no route to.
-        let elsewhere = Ipv4Addr::new(203, 0, 113, 7);
-        bed.run(
-            "host",
-            &format!("ip route add {elsewhere} via {outside} dev vb onlink"),
-        );
-        for (from, source, to, port, tunnel, listening) in [
-            ("a", mesh, elsewhere, 80, "istioout", 15001),
-            ("b", outside, mesh, 80, "istioin", 15006),
-            ("b", outside, mesh, 15008, "istioin", 15008),
-        ] {
-            let listener = bed.listen_transparently("proxy", listening);
-            let to = SocketAddrV4::new(to, port);
-            let sent = bed.sent_over(tunnel);
-            let mut client = bed.connect(from, to);
-            let (mut server, peer) = listener.accept().unwrap();
-            assert_eq!(
-                (peer.ip(), server.local_addr().unwrap()),
-                (source.into(), to.into())
-            );
-            assert!(bed.sent_over(tunnel) > sent, "nothing went over {tunnel}");
-            server.write_all(b"met").unwrap();
-            drop(server);
-            let mut heard = String::new();
-            client.read_to_string(&mut heard).unwrap();
-            assert_eq!(heard, "met");
+        let bed = Bed::dual(backend);
+        attached(&bed, &dual(input_with(kind, 1))).await;
+        for family in Family::ALL {
+            connections_of_a_family_meet_the_proxy(&bed, family);
         }
+    }
+}
+
+fn connections_of_a_family_meet_the_proxy(bed: &Bed, family: Family) {
+    let [mesh, outside] = PODS.map(|ip| match family {
+        Family::V4 => IpAddr::V4(ip),
+        Family::V6 => ipv6_of(ip).into(),
+    });
+    // The proxy's answers come from there, and the host takes none from where it has no route to.
+    let elsewhere: IpAddr = match family {
+        Family::V4 => Ipv4Addr::new(203, 0, 113, 7).into(),
+        Family::V6 => "2001:db8::7".parse().unwrap(),
+    };
+    bed.run(
+        "host",
+        &format!("ip route add {elsewhere} via {outside} dev vb onlink"),
+    );
+    for (from, source, to, port, tunnel, listening) in [
+        ("a", mesh, elsewhere, 80, "istioout", 15001),
+        ("b", outside, mesh, 80, "istioin", 15006),
+        ("b", outside, mesh, 15008, "istioin", 15008),
+    ] {
+        let listener = bed.listen_transparently("proxy", family, listening);
+        let to = SocketAddr::new(to, port);
+        let sent = bed.sent_over(tunnel);
+        let mut client = bed.connect(from, to);
+        let (mut server, peer) = listener.accept().unwrap();
+        assert_eq!((peer.ip(), server.local_addr().unwrap()), (source, to));
+        assert!(bed.sent_over(tunnel) > sent, "nothing went over {tunnel}");
+        server.write_all(b"met").unwrap();
+        drop(server);
+        let mut heard = String::new();
+        client.read_to_string(&mut heard).unwrap();
+        assert_eq!(heard, "met");
     }
 }

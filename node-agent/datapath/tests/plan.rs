@@ -5,51 +5,50 @@
 mod bed;
 
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
-use bed::input;
+use bed::{dual, input};
 use datapath::datapath::{Route, Rule, Table};
 use datapath::kernel::recorded::{RecordedKernel, take};
 use datapath::names::{TABLE_INBOUND, TABLE_OUTBOUND, priority};
 use datapath::netns::Netns;
 use datapath::{
-    Datapath, FailureMode, Item, Kernel, MeshPod, NodeInput, Place, TunnelKind, build, plan,
+    Datapath, FailureMode, Family, Item, Kernel, MeshPod, NodeInput, Place, TunnelKind, build, plan,
 };
 use proptest::prelude::*;
 
 /// Any node: with or without a proxy, of either kind of device, with other ports, marks and pods.
 fn any_input() -> impl Strategy<Value = NodeInput> {
     let pods = prop::collection::btree_set(4u8..12, 0..5);
-    (pods, 0..3u8, any::<bool>(), any::<bool>(), 0..2u16).prop_map(
-        |(pods, proxy, geneve, closed, other)| {
-            let mut input = input(0);
-            input.pods = pods.into_iter().map(pod).collect();
-            input.failure_mode = if closed {
-                FailureMode::Closed
-            } else {
-                FailureMode::Open
-            };
-            if geneve {
-                input.tunnel.kind = TunnelKind::Geneve;
-            }
-            input.tunnel.mtu -= u32::from(other) * 100;
-            input.ports.outbound += other;
-            if other > 0 {
-                input.marks.outbound = "0x800/0x800".parse().unwrap();
-            }
-            match proxy {
-                0 => input.proxy = None,
-                1 => input.proxy.as_mut().unwrap().serving = false,
-                _ => {}
-            }
-            input
-        },
-    )
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>());
+    (pods, 0..3u8, flags, 0..2u16).prop_map(|(pods, proxy, (geneve, closed, both), other)| {
+        let mut input = input(0);
+        input.pods = pods.into_iter().map(pod).collect();
+        input.failure_mode = if closed {
+            FailureMode::Closed
+        } else {
+            FailureMode::Open
+        };
+        if geneve {
+            input.tunnel.kind = TunnelKind::Geneve;
+        }
+        input.tunnel.mtu -= u32::from(other) * 100;
+        input.ports.outbound += other;
+        if other > 0 {
+            input.marks.outbound = "0x800/0x800".parse().unwrap();
+        }
+        match proxy {
+            0 => input.proxy = None,
+            1 => input.proxy.as_mut().unwrap().serving = false,
+            _ => {}
+        }
+        if both { dual(input) } else { input }
+    })
 }
 
 fn pod(last: u8) -> MeshPod {
     MeshPod {
-        ip: Ipv4Addr::new(10, 244, 1, last),
+        ip: Ipv4Addr::new(10, 244, 1, last).into(),
     }
 }
 
@@ -101,13 +100,15 @@ fn run<T>(work: impl Future<Output = T>) -> T {
 }
 
 /// Why a member's traffic would go out in the clear, if it would.
-fn leak(host: &BTreeSet<Item>, pod: Ipv4Addr) -> Option<&'static str> {
+fn leak(host: &BTreeSet<Item>, pod: IpAddr) -> Option<&'static str> {
     if !host.contains(&Item::Member(pod)) {
         return Some("it is no member of the set");
     }
-    let is_marked = host
-        .iter()
-        .any(|item| matches!(item, Item::Chains(chains) if chains.table == Table::Mangle));
+    let family = Family::of(pod);
+    let is_marked = host.iter().any(|item| {
+        matches!(item, Item::Chains(chains)
+            if chains.table == Table::Mangle && chains.family == family)
+    });
     if !is_marked {
         return Some("no chain marks it");
     }
@@ -115,9 +116,10 @@ fn leak(host: &BTreeSet<Item>, pod: Ipv4Addr) -> Option<&'static str> {
         matches!(
             item,
             Item::Rule(Rule {
+                family: of,
                 priority: priority::OUTBOUND,
                 ..
-            })
+            }) if *of == family
         )
     });
     if !is_sent {
@@ -125,7 +127,7 @@ fn leak(host: &BTreeSet<Item>, pod: Ipv4Addr) -> Option<&'static str> {
     }
     let ends = host.iter().any(|item| {
         matches!(item, Item::Route(Route { table: TABLE_OUTBOUND, destination, .. })
-            if destination.prefix_len() == 0)
+            if *destination == family.everywhere())
     });
     (!ends).then_some("table 101 has no default route, so that it falls through to the main table")
 }
@@ -175,7 +177,7 @@ proptest! {
         // Other marks are other rules: their change is not atomic, but fails closed by the set.
         to.marks = from.marks;
         (from.failure_mode, to.failure_mode) = (FailureMode::Closed, FailureMode::Closed);
-        let stays: Vec<Ipv4Addr> = from.pods.iter().filter(|pod| to.pods.contains(pod)).map(|pod| pod.ip).collect();
+        let stays: Vec<IpAddr> = from.pods.iter().filter(|pod| to.pods.contains(pod)).map(|pod| pod.ip).collect();
         let (observed, desired) = (build(&from), build(&to));
         let mut state = observed.clone();
         for step in plan(&desired, &observed).steps {

@@ -6,11 +6,9 @@
 
 mod bed;
 
-use std::net::Ipv4Addr;
-
 use bed::converge::{BACKENDS, attached, converge};
-use bed::{Bed, input_with};
-use datapath::{Kernel, NodeInput, TunnelKind, build};
+use bed::{Bed, NEXT_PROXY, input_with, replaced};
+use datapath::{Kernel, TunnelKind, build};
 
 /// The name and the text of a list, which goes with the program: the guest has no other files.
 macro_rules! list {
@@ -86,23 +84,14 @@ async fn proxy_replaced(kind: TunnelKind, list: List) {
         let mut bed = Bed::new(backend);
         let before = input_with(kind, 1);
         let mut kernel = attached(&bed, &before).await;
-        let after = replaced(&before);
-        bed.pod("next", after.proxy.as_ref().unwrap().ip);
+        let after = replaced(before.clone());
+        bed.pod("next", NEXT_PROXY);
         kernel.attach(bed.netns("next")).unwrap();
         let mut interest = build(&after);
         interest.host.extend(build(&before).host);
         converge(&kernel, &build(&after), &interest).await;
         assert_list(&bed.state(&["host", "next"]), list);
     }
-}
-
-/// The same node with another proxy pod.
-fn replaced(before: &NodeInput) -> NodeInput {
-    let mut after = before.clone();
-    let proxy = after.proxy.as_mut().unwrap();
-    proxy.ip = Ipv4Addr::new(10, 244, 1, 9);
-    proxy.host_device = "vnext".to_owned();
-    after
 }
 
 fn assert_list(state: &str, (name, wanted): List) {

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use datapath::Family;
 use datapath::attachment::{self, AttachError};
 use datapath::netns::{Netns, NotNetns};
 use k8s_openapi::api::core::v1::Pod;
@@ -121,11 +122,17 @@ impl Doorman {
         let found = attachment::find(&self.host, &netns, &self.sysctl_root)
             .await
             .map_err(|error| Rejection::Namespaces(name.clone(), error))?;
-        if !addresses.contains(&found.ip.into()) {
+        let own = Family::ALL
+            .into_iter()
+            .filter_map(|family| found.ends.of(family));
+        let wrong = own
+            .map(|ends| ends.proxy)
+            .find(|ip| !addresses.contains(ip));
+        if let Some(found) = wrong {
             let expected: Vec<String> = addresses.iter().map(ToString::to_string).collect();
             return Err(Rejection::WrongAddress {
                 name: name.clone(),
-                found: found.ip.into(),
+                found,
                 expected: expected.join(", "),
             });
         }

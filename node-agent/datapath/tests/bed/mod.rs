@@ -4,14 +4,14 @@
 pub(crate) mod converge;
 pub(crate) mod read;
 
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use datapath::input::{InnerNetwork, Marks, Ports, Proxy, Tunnel, TunnelEnd};
+use datapath::input::{Ends, Marks, Pair, Ports, Proxy, Tunnel, TunnelEnd};
 use datapath::netns::Netns;
-use datapath::{FailureMode, IptablesBackend, MeshPod, NodeInput, TunnelKind};
+use datapath::{FailureMode, Family, IptablesBackend, MeshPod, NodeInput, TunnelKind};
 use nix::sys::socket::{setsockopt, sockopt};
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
@@ -20,6 +20,10 @@ static NEXT: AtomicU32 = AtomicU32::new(0);
 pub(crate) const HOST: &str = "10.244.1.1";
 /// Address of the proxy.
 pub(crate) const PROXY: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 3);
+/// The host's IPv6 address towards its pods, on a bed of both families.
+pub(crate) const HOST6: &str = "fd00:244:1::1";
+/// Address of the proxy that takes its place.
+pub(crate) const NEXT_PROXY: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 9);
 /// Addresses of the pods.
 pub(crate) const PODS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 244, 1, 4), Ipv4Addr::new(10, 244, 1, 5)];
 
@@ -28,11 +32,27 @@ pub(crate) struct Bed {
     prefix: String,
     names: Vec<String>,
     pub(crate) backend: IptablesBackend,
+    is_dual: bool,
+}
+
+/// The IPv6 address of whatever has this IPv4 address, on a bed of both families.
+pub(crate) fn ipv6_of(ip: Ipv4Addr) -> Ipv6Addr {
+    let last = u16::from(ip.octets()[3]);
+    Ipv6Addr::new(0xfd00, 0x244, 1, 0, 0, 0, 0, last)
 }
 
 impl Bed {
-    /// A host with a proxy pod and two pods.
+    /// A host with a proxy pod and two pods, of IPv4.
     pub(crate) fn new(backend: IptablesBackend) -> Self {
+        Self::of(backend, false)
+    }
+
+    /// The same of both families.
+    pub(crate) fn dual(backend: IptablesBackend) -> Self {
+        Self::of(backend, true)
+    }
+
+    fn of(backend: IptablesBackend, is_dual: bool) -> Self {
         let prefix = format!(
             "ambit-t{}-{}",
             std::process::id(),
@@ -42,8 +62,14 @@ impl Bed {
             prefix,
             names: Vec::new(),
             backend,
+            is_dual,
         };
         let host = bed.add("host");
+        if is_dual {
+            sh(&format!(
+                "ip netns exec {host} sysctl -qw net.ipv6.conf.all.forwarding=1"
+            ));
+        }
         sh(&format!(
             "ip netns exec {host} sysctl -qw net.ipv4.ip_forward=1"
         ));
@@ -57,10 +83,16 @@ impl Bed {
     fn add(&mut self, name: &str) -> String {
         let full = format!("{}-{name}", self.prefix);
         self.names.push(full.clone());
-        // The kernel's own IPv6 addresses come when they like, in the middle of a comparison.
+        // Without IPv6, for the kernel's own addresses come when they like, in the middle of a
+        // comparison; with it, without the wait for who else may have an address.
+        let ipv6 = if self.is_dual {
+            "net.ipv6.conf.default.accept_dad=0 net.ipv6.conf.default.accept_ra=0"
+        } else {
+            "net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1"
+        };
         sh(&format!(
             "ip netns add {full}
-             ip netns exec {full} sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1
+             ip netns exec {full} sysctl -qw {ipv6}
              ip -n {full} link set lo up"
         ));
         full
@@ -80,6 +112,16 @@ impl Bed {
              ip -n {host} link set v{name} up
              ip -n {host} route add {ip}/32 dev v{name} scope host"
         ));
+        if self.is_dual {
+            let ip = ipv6_of(ip);
+            sh(&format!(
+                "ip -n {pod} addr add {ip}/128 dev eth0 nodad
+                 ip -n {pod} route add {HOST6} dev eth0
+                 ip -n {pod} route add default via {HOST6}
+                 ip -n {host} addr add {HOST6}/128 dev v{name} nodad
+                 ip -n {host} route add {ip}/128 dev v{name}"
+            ));
+        }
     }
 
     /// Full name of a namespace.
@@ -111,10 +153,16 @@ impl Bed {
             .success()
     }
 
-    /// A listener for connections to any address, as the proxy has them.
-    pub(crate) fn listen_transparently(&self, name: &str, port: u16) -> TcpListener {
+    /// A listener for connections to any address of a family, as the proxy has them.
+    pub(crate) fn listen_transparently(
+        &self,
+        name: &str,
+        family: Family,
+        port: u16,
+    ) -> TcpListener {
         let listen = || {
-            let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap();
+            let listener = TcpListener::bind((family.everywhere().addr(), port)).unwrap();
+            // Both families keep it in the same place.
             setsockopt(&listener, sockopt::IpTransparent, &true).unwrap();
             listener
         };
@@ -122,8 +170,8 @@ impl Bed {
     }
 
     /// A connection from a namespace.
-    pub(crate) fn connect(&self, name: &str, to: SocketAddrV4) -> TcpStream {
-        let connect = || TcpStream::connect_timeout(&to.into(), Duration::from_secs(10));
+    pub(crate) fn connect(&self, name: &str, to: SocketAddr) -> TcpStream {
+        let connect = || TcpStream::connect_timeout(&to, Duration::from_secs(10));
         let connected = self.netns(name).run(connect).unwrap();
         assert!(connected.is_ok(), "{name} to {to}: {connected:?}");
         connected.unwrap()
@@ -200,17 +248,16 @@ pub(crate) fn input_with(kind: TunnelKind, pods: usize) -> NodeInput {
 
 /// The node's input with this many pods.
 pub(crate) fn input(pods: usize) -> NodeInput {
-    let end = |vni, network: &str| TunnelEnd {
-        vni,
-        network: InnerNetwork::new(network.parse().unwrap()).unwrap(),
+    let end = |vni, ipv4: &str, ipv6: &str| {
+        TunnelEnd::new(vni, ipv4.parse().unwrap(), ipv6.parse().unwrap()).unwrap()
     };
     let mark = |text: &str| text.parse().unwrap();
     NodeInput {
         tunnel: Tunnel {
             kind: TunnelKind::Veth,
             port: 6081,
-            inbound: end(1000, "192.168.126.0/30"),
-            outbound: end(1001, "192.168.127.0/30"),
+            inbound: end(1000, "192.168.126.0/30", "fd61:6d62:6974:126::/126"),
+            outbound: end(1001, "192.168.127.0/30", "fd61:6d62:6974:127::/126"),
             mtu: 1500,
         },
         ports: Ports {
@@ -229,13 +276,59 @@ pub(crate) fn input(pods: usize) -> NodeInput {
         },
         failure_mode: FailureMode::Closed,
         proxy: Some(Proxy {
-            ip: PROXY,
+            ends: Ends::V4(ipv4_pair(PROXY)),
             host_device: "vproxy".to_owned(),
             device: "eth0".to_owned(),
-            host_ip: HOST.parse().unwrap(),
             default_rp_filter: "0".to_owned(),
             serving: true,
         }),
-        pods: PODS[..pods].iter().map(|ip| MeshPod { ip: *ip }).collect(),
+        pods: PODS[..pods]
+            .iter()
+            .map(|ip| MeshPod { ip: (*ip).into() })
+            .collect(),
     }
+}
+
+/// The same node with IPv6 beside IPv4.
+pub(crate) fn dual(mut input: NodeInput) -> NodeInput {
+    if let Some(proxy) = &mut input.proxy {
+        proxy.ends = both_ends(PROXY);
+    }
+    let pods = input.pods.clone();
+    input
+        .pods
+        .extend(pods.iter().filter_map(|pod| match pod.ip {
+            IpAddr::V4(ip) => Some(MeshPod {
+                ip: ipv6_of(ip).into(),
+            }),
+            IpAddr::V6(_) => None,
+        }));
+    input
+}
+
+fn both_ends(proxy: Ipv4Addr) -> Ends {
+    let ipv6 = Pair {
+        proxy: ipv6_of(proxy),
+        host: HOST6.parse().unwrap(),
+    };
+    Ends::Dual(ipv4_pair(proxy), ipv6)
+}
+
+fn ipv4_pair(proxy: Ipv4Addr) -> Pair<Ipv4Addr> {
+    Pair {
+        proxy,
+        host: HOST.parse().unwrap(),
+    }
+}
+
+/// The same node with another proxy pod, behind the host's device `vnext`.
+pub(crate) fn replaced(mut input: NodeInput) -> NodeInput {
+    if let Some(proxy) = &mut input.proxy {
+        proxy.ends = match proxy.ends {
+            Ends::V4(_) => Ends::V4(ipv4_pair(NEXT_PROXY)),
+            Ends::V6(_) | Ends::Dual(..) => both_ends(NEXT_PROXY),
+        };
+        proxy.host_device = "vnext".to_owned();
+    }
+    input
 }
