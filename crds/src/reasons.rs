@@ -28,14 +28,33 @@ pub const NO_PROXY: &str = "NoProxy";
 pub const PROXY_REJECTED: &str = "ProxyRejected";
 /// The proxy's network namespace cannot be redirected to (its CNI, its device).
 pub const PROXY_UNUSABLE: &str = "ProxyUnusable";
+/// The proxy's pod has no veth to the host: macvlan, ipvlan, SR-IOV, or the host's own network.
+pub const PROXY_WITHOUT_VETH: &str = "ProxyWithoutVeth";
 /// The kernel has no geneve driver.
 pub const GENEVE_UNSUPPORTED: &str = "GeneveUnsupported";
+/// Somebody else has the UDP port of the geneve devices.
+pub const GENEVE_PORT_IN_USE: &str = "GenevePortInUse";
 /// Somebody else's device has one of our names.
 pub const FOREIGN_DEVICE: &str = "ForeignDevice";
 /// Others on this node use the bits of a mark.
 pub const MARKS_CONFLICT: &str = "MarksConflict";
 /// kube-proxy runs in IPVS mode, where ClusterIPs cannot be redirected.
 pub const IPVS_UNSUPPORTED: &str = "IpvsUnsupported";
+/// A CNI's BPF programs carry packets past netfilter; while the condition is true, somebody's program is
+/// attached to the proxy's device and might.
+pub const EBPF_DATA_PATH: &str = "EbpfDataPath";
+/// A rule, for example of Calico, drops what the proxy sends from pods' addresses.
+pub const SOURCE_CHECK: &str = "SourceCheck";
+/// The node does not forward packets.
+pub const FORWARDING_DISABLED: &str = "ForwardingDisabled";
+/// The agent cannot write below `/proc/sys/net`.
+pub const SYSCTL_READ_ONLY: &str = "SysctlReadOnly";
+/// The agent lacks a capability.
+pub const CAPABILITY_MISSING: &str = "CapabilityMissing";
+/// The kernel lacks a part; the message names its module.
+pub const KERNEL_MODULE_MISSING: &str = "KernelModuleMissing";
+/// The host's rules are in another backend of iptables than Ambit's chains.
+pub const IPTABLES_BACKEND_CHANGED: &str = "IptablesBackendChanged";
 /// A program of iptables is missing.
 pub const IPTABLES_MISSING: &str = "IptablesMissing";
 /// The set of pods' addresses has no room left.

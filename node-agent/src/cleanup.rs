@@ -36,7 +36,8 @@ pub(crate) async fn cleanup(
     sysctl_root: &Path,
     socket: &Path,
 ) -> Result<usize, CleanupError> {
-    let facts = facts::find(&host).await?;
+    // The backend that holds our chains, whatever the host uses now.
+    let (facts, _) = facts::find(&host, None).await?;
     let kernel = LinuxKernel::in_namespace(host, facts.iptables, sysctl_root.to_owned())?;
     let traces = kernel.observe(&Datapath::default()).await?;
     let restore = kernel.setting("ipv4/conf/default/rp_filter")?;

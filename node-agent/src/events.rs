@@ -13,6 +13,9 @@ const LONGEST_NOTE: usize = 1024;
 /// Reasons of every start and every enrolment: no news.
 const ON_THE_WAY: [&str; 2] = [reasons::WAITING_FOR_PROXY, reasons::WORKLOADS_PENDING];
 
+/// Reasons of what holds and might not help.
+const MAY_BREAK: [&str; 1] = [reasons::EBPF_DATA_PATH];
+
 /// Something to tell.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct News {
@@ -37,6 +40,7 @@ pub(crate) fn between(previous: &[Condition], next: &[Condition]) -> Vec<News> {
             }
             match condition.status.as_str() {
                 "False" => warning(before, condition),
+                _ if MAY_BREAK.contains(&condition.reason.as_str()) => warning(before, condition),
                 _ => recovery(before?, condition),
             }
         })
@@ -108,8 +112,10 @@ fn shortened(mut note: String) -> String {
 
 #[cfg(test)]
 mod tests {
+    use datapath::facts::{Obstacle, Severity};
+
     use super::*;
-    use crate::failure::Failure;
+    use crate::failure::{Complaint, Failure};
     use crate::report::tests::{all_well, status_of};
     use crate::report::{Outcome, ProxyState};
     use crate::roster::Progress;
@@ -126,7 +132,7 @@ mod tests {
     fn a_failure_is_news_once_and_so_is_its_end() {
         let well = all_well();
         let mut broken = all_well();
-        broken.failure = Some(Failure::ipvs());
+        broken.failure = Failure::obstacles(&[Obstacle::Ipvs], Severity::Breaks);
         assert_eq!(
             between_outcomes(Some(&well), &broken),
             [(true, reasons::IPVS_UNSUPPORTED.to_owned())]
@@ -136,6 +142,22 @@ mod tests {
             between_outcomes(Some(&broken), &well),
             [(false, reasons::REDIRECTING.to_owned())]
         );
+    }
+
+    #[test]
+    fn what_might_be_in_the_way_is_news_once() {
+        let well = all_well();
+        let mut warned = all_well();
+        warned.warning = Complaint::of(&[Obstacle::EbpfProgram {
+            device: "vethp".to_owned(),
+            program: "watch".to_owned(),
+        }]);
+        assert_eq!(
+            between_outcomes(Some(&well), &warned),
+            [(true, reasons::EBPF_DATA_PATH.to_owned())]
+        );
+        assert_eq!(between_outcomes(Some(&warned), &warned), []);
+        assert_eq!(between_outcomes(Some(&warned), &well), []);
     }
 
     #[test]

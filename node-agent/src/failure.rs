@@ -4,7 +4,9 @@ use std::error::Error;
 
 use crds::reasons;
 use datapath::Item;
-use datapath::facts::{Conflict, FactsError};
+use datapath::attachment::AttachError;
+use datapath::facts::lack::{self, Lack};
+use datapath::facts::{FactsError, Obstacle, Severity};
 use datapath::kernel::ip_set::IpSetError;
 use datapath::kernel::iptables::IptablesError;
 use datapath::kernel::netlink::NetlinkError;
@@ -18,12 +20,22 @@ pub(crate) enum Part {
     Tunnels,
     /// Everything else.
     Redirection,
+    /// The kernel cannot be read, so nothing is known of any part.
+    All,
 }
 
-/// Why the kernel does not hold what it should.
+/// Why the kernel does not hold what it should, or why that does not help.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Failure {
     pub(crate) part: Part,
+    /// One of [`reasons`].
+    pub(crate) reason: &'static str,
+    pub(crate) message: String,
+}
+
+/// Something else that a person should look at: a proxy of no use, or what may keep one from working.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Complaint {
     /// One of [`reasons`].
     pub(crate) reason: &'static str,
     pub(crate) message: String,
@@ -47,24 +59,22 @@ impl Failure {
         }
     }
 
-    /// Others use our marks, so nothing is begun.
-    pub(crate) fn conflicts(conflicts: &[Conflict]) -> Option<Self> {
-        let of_marks: Vec<String> = conflicts
+    /// What is in the way and so bad; all of it in words, by the reason of the first.
+    pub(crate) fn obstacles(obstacles: &[Obstacle], severity: Severity) -> Option<Self> {
+        let found: Vec<&Obstacle> = obstacles
             .iter()
-            .filter(|conflict| !matches!(conflict, Conflict::Geneve(_)))
-            .map(ToString::to_string)
+            .filter(|obstacle| obstacle.severity() == severity)
             .collect();
-        let message = of_marks.join("; ");
-        (!of_marks.is_empty()).then(|| Self::redirection(reasons::MARKS_CONFLICT, message))
-    }
-
-    /// kube-proxy's mode hides ClusterIPs from us.
-    pub(crate) fn ipvs() -> Self {
-        Self::redirection(
-            reasons::IPVS_UNSUPPORTED,
-            "kube-proxy runs in IPVS mode (device kube-ipvs0), so traffic to ClusterIPs cannot be redirected; \
-             set kube-proxy's mode to iptables or nftables",
-        )
+        let first = found.first()?;
+        let messages: Vec<String> = found.iter().map(ToString::to_string).collect();
+        Some(Self {
+            part: match first {
+                Obstacle::GenevePort { .. } => Part::Tunnels,
+                _ => Part::Redirection,
+            },
+            reason: reason_of_obstacle(first),
+            message: messages.join("; "),
+        })
     }
 
     /// A second plan against what was just applied is not empty.
@@ -81,48 +91,124 @@ impl Failure {
     }
 }
 
+impl Complaint {
+    /// Why a proxy's namespace cannot be redirected to.
+    pub(crate) fn unusable(error: &AttachError) -> Self {
+        let lack = match error {
+            AttachError::Kernel(error) => lack::of_kernel(error, None),
+            _ => None,
+        };
+        let otherwise = match error {
+            AttachError::NotVeth { .. } => reasons::PROXY_WITHOUT_VETH,
+            AttachError::Netkit(_) => reasons::EBPF_DATA_PATH,
+            _ => reasons::PROXY_UNUSABLE,
+        };
+        let (reason, message) = told(lack, error, otherwise);
+        Self { reason, message }
+    }
+
+    /// What might be in the way.
+    pub(crate) fn of(obstacles: &[Obstacle]) -> Option<Self> {
+        let found = Failure::obstacles(obstacles, Severity::MayBreak)?;
+        Some(Self {
+            reason: found.reason,
+            message: found.message,
+        })
+    }
+}
+
+fn reason_of_obstacle(obstacle: &Obstacle) -> &'static str {
+    match obstacle {
+        Obstacle::GenevePort { .. } => reasons::GENEVE_PORT_IN_USE,
+        Obstacle::RuleMark(_) | Obstacle::ChainMark { .. } => reasons::MARKS_CONFLICT,
+        Obstacle::BackendChanged(_) => reasons::IPTABLES_BACKEND_CHANGED,
+        Obstacle::Ipvs => reasons::IPVS_UNSUPPORTED,
+        Obstacle::ForwardingDisabled(_) => reasons::FORWARDING_DISABLED,
+        Obstacle::SourceCheck { .. } => reasons::SOURCE_CHECK,
+        Obstacle::Ebpf(..) | Obstacle::EbpfProgram { .. } => reasons::EBPF_DATA_PATH,
+    }
+}
+
+fn reason_of_lack(lack: &Lack) -> &'static str {
+    match lack {
+        Lack::Right => reasons::CAPABILITY_MISSING,
+        Lack::Module { .. } => reasons::KERNEL_MODULE_MISSING,
+        Lack::WritableSettings => reasons::SYSCTL_READ_ONLY,
+        Lack::GenevePort => reasons::GENEVE_PORT_IN_USE,
+    }
+}
+
+/// Reason and message of an error: what is lacking if something is, else `otherwise`.
+fn told(lack: Option<Lack>, error: &dyn Error, otherwise: &'static str) -> (&'static str, String) {
+    match lack {
+        Some(lack) => (reason_of_lack(&lack), format!("{lack} ({})", chain(error))),
+        None => (otherwise, chain(error)),
+    }
+}
+
 impl From<&FactsError> for Failure {
     fn from(error: &FactsError) -> Self {
-        let reason = match error {
+        let lack = match error {
+            FactsError::Netlink(error) => lack::of_netlink(error, None),
+            FactsError::Iptables(error) => lack::of_iptables(error),
+            _ => None,
+        };
+        let otherwise = match error {
+            FactsError::Rights(_) => reasons::CAPABILITY_MISSING,
             FactsError::Iptables(IptablesError::Missing(_)) => reasons::IPTABLES_MISSING,
             _ => reasons::OBSERVE_FAILED,
         };
-        Self::redirection(reason, chain(error))
+        let (reason, message) = told(lack, error, otherwise);
+        Self {
+            part: Part::All,
+            reason,
+            message,
+        }
     }
 }
 
 impl From<&KernelError> for Failure {
     fn from(error: &KernelError) -> Self {
-        let reason = match error {
+        let otherwise = match error {
             KernelError::Iptables(IptablesError::Missing(_)) => reasons::IPTABLES_MISSING,
             _ => reasons::OBSERVE_FAILED,
         };
-        Self::redirection(reason, chain(error))
+        let (reason, message) = told(lack::of_kernel(error, None), error, otherwise);
+        Self {
+            part: Part::All,
+            reason,
+            message,
+        }
     }
 }
 
 impl From<&ApplyError> for Failure {
     fn from(error: &ApplyError) -> Self {
-        let reason = match &error.cause {
+        let item = error.step.change.item();
+        let part = match item {
+            Item::Link(_) | Item::Up(_) | Item::Address(_) => Part::Tunnels,
+            _ => Part::Redirection,
+        };
+        let named = match &error.cause {
             KernelError::Netlink(NetlinkError::GeneveUnsupported) => reasons::GENEVE_UNSUPPORTED,
             KernelError::Netlink(NetlinkError::ForeignDevice(_)) => reasons::FOREIGN_DEVICE,
             KernelError::Iptables(IptablesError::Missing(_)) => reasons::IPTABLES_MISSING,
             KernelError::IpSet(IpSetError::Full { .. }) => reasons::SET_FULL,
-            _ => reasons::APPLY_FAILED,
-        };
-        let part = match error.step.change.item() {
-            Item::Link(_) | Item::Up(_) | Item::Address(_) => Part::Tunnels,
-            _ => Part::Redirection,
-        };
-        let message = match reason {
-            reasons::APPLY_FAILED => chain(error),
-            // These say themselves what they are about and what to do.
-            _ => chain(&error.cause),
+            cause => {
+                let lack = lack::of_kernel(cause, Some(item));
+                let (reason, message) = told(lack, error, reasons::APPLY_FAILED);
+                return Self {
+                    part,
+                    reason,
+                    message,
+                };
+            }
         };
         Self {
             part,
-            reason,
-            message,
+            reason: named,
+            // These say themselves what they are about and what to do.
+            message: chain(&error.cause),
         }
     }
 }
@@ -209,13 +295,82 @@ mod tests {
     }
 
     #[test]
-    fn another_geneve_device_alone_is_no_conflict_of_marks() {
-        assert_eq!(
-            Failure::conflicts(&[Conflict::Geneve("g0".to_owned())]),
-            None
+    fn what_is_in_the_way_is_told_by_how_bad_it_is() {
+        let marks = Obstacle::RuleMark(0x100);
+        let forwarding = Obstacle::ForwardingDisabled("ipv4/ip_forward".to_owned());
+        let found = [forwarding, marks, Obstacle::Ipvs];
+        let forbids = Failure::obstacles(&found, Severity::Forbids).unwrap();
+        assert_eq!(forbids.reason, reasons::MARKS_CONFLICT);
+        assert!(forbids.message.contains("0x100"), "{}", forbids.message);
+        let breaks = Failure::obstacles(&found, Severity::Breaks).unwrap();
+        assert_eq!(breaks.reason, reasons::FORWARDING_DISABLED);
+        assert!(
+            breaks.message.contains("ip_forward") && breaks.message.contains("IPVS"),
+            "all that is wrong is said: {}",
+            breaks.message
         );
-        let failure = Failure::conflicts(&[Conflict::RuleMark(0x100)]).unwrap();
-        assert_eq!(failure.reason, reasons::MARKS_CONFLICT);
-        assert!(failure.message.contains("0x100"), "{}", failure.message);
+        assert_eq!(Complaint::of(&found), None);
+    }
+
+    #[test]
+    fn a_taken_port_is_about_the_tunnels() {
+        let taken = Obstacle::GenevePort {
+            port: 6081,
+            by: "the geneve device g0".to_owned(),
+        };
+        let failure = Failure::obstacles(&[taken], Severity::Forbids).unwrap();
+        assert_eq!(
+            (failure.part, failure.reason),
+            (Part::Tunnels, reasons::GENEVE_PORT_IN_USE)
+        );
+    }
+
+    #[test]
+    fn a_missing_right_names_the_capabilities() {
+        let failure = Failure::from(&FactsError::Rights(vec!["NET_ADMIN"]));
+        assert_eq!(
+            (failure.part, failure.reason),
+            (Part::All, reasons::CAPABILITY_MISSING)
+        );
+        assert!(
+            failure.message.starts_with("the agent lacks NET_ADMIN:"),
+            "{}",
+            failure.message
+        );
+    }
+
+    #[test]
+    fn what_the_kernel_lacks_is_told_with_what_was_tried() {
+        let message = "Warning: Extension set revision 0 not supported, missing kernel module?";
+        let failure = apply_error(
+            Item::Up("x".to_owned()),
+            IptablesError::Failed {
+                program: "iptables-nft-restore",
+                table: "mangle",
+                message: message.to_owned(),
+            }
+            .into(),
+        );
+        assert_eq!(failure.reason, reasons::KERNEL_MODULE_MISSING);
+        assert!(
+            failure.message.contains("modprobe xt_set") && failure.message.contains(message),
+            "{}",
+            failure.message
+        );
+    }
+
+    #[test]
+    fn a_proxy_on_another_kind_of_device_is_told_what_it_needs() {
+        let Complaint { reason, message } = Complaint::unusable(&AttachError::NotVeth {
+            device: "eth0".to_owned(),
+            kind: "of kind macvlan".to_owned(),
+        });
+        assert_eq!(reason, reasons::PROXY_WITHOUT_VETH);
+        assert!(
+            message.contains("eth0 is of kind macvlan") && message.contains("veth pairs"),
+            "{message}"
+        );
+        let netkit = Complaint::unusable(&AttachError::Netkit("eth0".to_owned()));
+        assert_eq!(netkit.reason, reasons::EBPF_DATA_PATH);
     }
 }

@@ -4,18 +4,18 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crds::AmbientNode;
+use crds::{AmbientNode, reasons};
 use datapath::attachment::{self, Attachment};
 use datapath::changes::Changes;
-use datapath::facts::{self, Facts};
+use datapath::facts::{self, Facts, Interest, Obstacle, Others, Severity};
 use datapath::kernel::{Kernel, LinuxKernel};
 use datapath::netns::Netns;
-use datapath::{Datapath, Item, TunnelKind, build, plan};
+use datapath::{Datapath, IptablesBackend, Item, TunnelKind, build, plan};
 use protocol::node::{Configure, LocalTraffic, Workload};
 use tokio::sync::mpsc;
 
 use crate::desired::{self, Pod, Wanted};
-use crate::failure::{Failure, chain};
+use crate::failure::{Complaint, Failure, chain};
 use crate::metrics::Metrics;
 use crate::order::{self, Enrolment};
 use crate::report::{Outcome, ProxyState, WorkloadOutcome};
@@ -30,9 +30,11 @@ pub(crate) struct Node {
     started: Instant,
     /// The first change was made, or might have been.
     began: bool,
-    facts: Option<Facts>,
+    found: Option<(Facts, Others)>,
     kernel: Option<LinuxKernel>,
-    conflict: Option<Failure>,
+    /// What stands in the way, and the proxy's device when it was looked for.
+    obstacles: Vec<Obstacle>,
+    looked_at: Option<String>,
     attached: Option<(SessionId, Changes)>,
     /// The last spec that could be used.
     wanted: Option<Arc<Wanted>>,
@@ -63,9 +65,10 @@ impl Node {
             wake,
             started: Instant::now(),
             began: false,
-            facts: None,
+            found: None,
             kernel: None,
-            conflict: None,
+            obstacles: Vec::new(),
+            looked_at: None,
             attached: None,
             wanted: None,
             enrolment: None,
@@ -92,16 +95,16 @@ impl Node {
         full: bool,
     ) -> Option<Outcome> {
         let invalid_spec = self.take_spec(object);
-        let surveyed = self.survey(full).await;
+        let surveyed = self.survey(full, backend_of(object)).await;
         let Some(wanted) = self.wanted.clone() else {
-            return Some(nothing_wanted(object, invalid_spec, self.facts.clone()));
+            return Some(nothing_wanted(object, invalid_spec, self.facts().cloned()));
         };
         roster.choose(wanted.ports, &self.enrolled());
         let (proxy, attachment) = self.attach(roster).await;
         self.tell(&wanted, roster);
         let failure = match surveyed {
             Err(failure) => Some(failure),
-            Ok(()) => match self.mend(&wanted, roster, attachment.as_ref()).await {
+            Ok(()) => match self.mend(&wanted, roster, attachment.as_ref(), full).await {
                 Ok(Progressed::Done) => None,
                 Ok(Progressed::Waiting) => return None,
                 Err(failure) => Some(failure),
@@ -114,7 +117,7 @@ impl Node {
 
     /// Removes all of it: the AmbientNode is gone.
     pub(crate) async fn remove(&mut self, roster: &mut Roster) -> Result<(), Failure> {
-        self.survey(false).await?;
+        self.survey(false, None).await?;
         let interest = self.desired.clone();
         let Some(kernel) = &self.kernel else {
             return Ok(());
@@ -144,22 +147,25 @@ impl Node {
         }
     }
 
-    /// Finds out what the kernel can do and who else uses our marks.
-    async fn survey(&mut self, full: bool) -> Result<(), Failure> {
-        if full || self.facts.is_none() {
-            let mut found = facts::find(&self.host)
+    fn facts(&self) -> Option<&Facts> {
+        self.found.as_ref().map(|(facts, _)| facts)
+    }
+
+    /// Finds out what the kernel can do and what others hold in it. `kept` is the backend that the
+    /// status speaks of.
+    async fn survey(&mut self, full: bool, kept: Option<IptablesBackend>) -> Result<(), Failure> {
+        if full || self.found.is_none() {
+            let before = self.facts().map(|facts| facts.iptables);
+            let found = facts::find(&self.host, before.or(kept))
                 .await
                 .map_err(|error| Failure::from(&error))?;
-            // Ours stays where it is: moving it would leave half of it behind.
-            if let Some(before) = &self.facts {
-                found.iptables = before.iptables;
+            // A host that had no rules at first has shown what it uses.
+            if before.is_some_and(|before| before != found.0.iptables) {
+                (self.kernel, self.attached) = (None, None);
             }
-            self.facts = Some(found);
+            self.found = Some(found);
         }
-        let Some(facts) = &self.facts else {
-            return Ok(());
-        };
-        if self.kernel.is_none() {
+        if let (Some((facts, _)), None) = (&self.found, &self.kernel) {
             let kernel = LinuxKernel::in_namespace(
                 self.host.clone(),
                 facts.iptables,
@@ -167,10 +173,37 @@ impl Node {
             );
             self.kernel = Some(kernel.map_err(|error| Failure::from(&error))?);
         }
-        if let Some(wanted) = self.wanted.as_ref().filter(|_| full || !self.began) {
-            let conflicts = facts::conflicts(&self.host, facts.iptables, &wanted.marks).await;
-            self.conflict = Failure::conflicts(&conflicts.map_err(|error| Failure::from(&error))?);
-        }
+        Ok(())
+    }
+
+    /// Finds out what stands in the way of what is wanted. What rarely changes is looked for in full
+    /// passes, and more often while it has to go.
+    async fn look_out(
+        &mut self,
+        wanted: &Wanted,
+        draft: &Datapath,
+        attachment: Option<&Attachment>,
+        full: bool,
+    ) -> Result<(), Failure> {
+        let device = attachment.map(|attachment| attachment.host_device.clone());
+        let due = full || !self.began || !self.obstacles.is_empty() || self.looked_at != device;
+        let (Some((facts, others)), true) = (&self.found, due) else {
+            return Ok(());
+        };
+        let interest = Interest {
+            marks: &wanted.marks,
+            desired: draft,
+            device: device.as_deref(),
+            ipv6: wanted
+                .pods
+                .iter()
+                .flat_map(|pod| &pod.ips)
+                .any(|ip| ip.is_ipv6()),
+        };
+        let found =
+            facts::obstacles(&self.host, &self.sysctl_root, (facts, others), interest).await;
+        self.obstacles = found.map_err(|error| Failure::from(&error))?;
+        self.looked_at = device;
         Ok(())
     }
 
@@ -182,13 +215,17 @@ impl Node {
         };
         let connected = roster.current_is_connected();
         let found = attachment::find(&self.host, &session.netns, &self.sysctl_root).await;
-        let attachment = match found.map_err(|error| chain(&error)) {
-            Ok(attachment) => match self.enter(session.id, &session.netns) {
-                Ok(()) => Ok(attachment),
-                Err(error) => Err(error),
-            },
-            Err(error) => Err(error),
-        };
+        let attachment =
+            found
+                .map_err(|error| Complaint::unusable(&error))
+                .and_then(|attachment| {
+                    self.enter(session.id, &session.netns)
+                        .map_err(|message| Complaint {
+                            reason: reasons::PROXY_UNUSABLE,
+                            message,
+                        })?;
+                    Ok(attachment)
+                });
         match attachment {
             Ok(attachment) if connected => (
                 ProxyState::Attached(session.identity.clone(), attachment.clone()),
@@ -237,11 +274,10 @@ impl Node {
         wanted: &Wanted,
         roster: &Roster,
         attachment: Option<&Attachment>,
+        full: bool,
     ) -> Result<Progressed, Failure> {
-        let (Some(kernel), Some(facts)) = (&self.kernel, &self.facts) else {
-            return Ok(Progressed::Waiting);
-        };
-        if wanted.kind == TunnelKind::Geneve && !facts.geneve {
+        let geneve = self.facts().is_some_and(|facts| facts.geneve);
+        if wanted.kind == TunnelKind::Geneve && !geneve {
             return Err(Failure::geneve_unsupported());
         }
         let session = roster.current();
@@ -250,13 +286,18 @@ impl Node {
             |uid: &str| session.is_some_and(|session| session.workload(uid) == Progress::Ready);
         // The settings of what may be wanted are the same whoever is enrolled.
         let draft = build(&desired::input(wanted, attachment, serving, &[]));
+        self.look_out(wanted, &draft, attachment, full).await?;
+        let Some(kernel) = &self.kernel else {
+            return Ok(Progressed::Waiting);
+        };
         let interest = with_settings(draft, &self.desired);
         let observed = kernel
             .observe(&interest)
             .await
             .map_err(|error| Failure::from(&error))?;
-        if let Some(conflict) = self.conflict.clone().filter(|_| observed.host.is_empty()) {
-            return Err(conflict);
+        let forbidden = Failure::obstacles(&self.obstacles, Severity::Forbids);
+        if let Some(forbidden) = forbidden.clone().filter(|_| observed.host.is_empty()) {
+            return Err(forbidden);
         }
         let answered = session.is_some_and(roster::Session::has_answered);
         if !self.began && !order::may_begin(&observed, answered, self.started.elapsed()) {
@@ -291,11 +332,8 @@ impl Node {
             }
             self.desired = desired;
         }
-        let complaint = self
-            .conflict
-            .clone()
-            .or_else(|| facts.ipvs.then(Failure::ipvs));
-        complaint.map_or(Ok(Progressed::Done), Err)
+        let broken = Failure::obstacles(&self.obstacles, Severity::Breaks);
+        forbidden.or(broken).map_or(Ok(Progressed::Done), Err)
     }
 
     /// Tells the proxies who is theirs.
@@ -350,10 +388,11 @@ impl Node {
             generation: object.metadata.generation,
             invalid_spec,
             failure_mode: wanted.failure_mode,
-            facts: self.facts.clone(),
+            facts: self.facts().cloned(),
             proxy,
-            rejection: roster.rejection().map(str::to_owned),
+            rejection: roster.rejection().cloned(),
             failure,
+            warning: Complaint::of(&self.obstacles),
             listeners: session
                 .map(|session| session.listeners(wanted.ports))
                 .unwrap_or_default(),
@@ -362,6 +401,15 @@ impl Node {
             excluded: wanted.excluded.clone(),
         }
     }
+}
+
+/// The backend of iptables that the status speaks of: an earlier agent's choice.
+fn backend_of(object: &AmbientNode) -> Option<IptablesBackend> {
+    let kernel = object.status.as_ref()?.kernel.as_ref()?;
+    Some(match kernel.iptables {
+        crds::IptablesBackend::Nft => IptablesBackend::Nft,
+        crds::IptablesBackend::Legacy => IptablesBackend::Legacy,
+    })
 }
 
 /// The first spec of this agent cannot be used: nothing is touched.
@@ -378,6 +426,7 @@ fn nothing_wanted(
         proxy: ProxyState::Absent,
         rejection: None,
         failure: None,
+        warning: None,
         listeners: Vec::new(),
         workloads: Vec::new(),
         unusable: Vec::new(),

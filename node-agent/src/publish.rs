@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crds::{AGENT_MANAGER, AmbientNode, AmbientNodeStatus, reasons};
+use crds::{AGENT_MANAGER, AmbientNode, AmbientNodeStatus};
 use jiff::Timestamp;
 use kube::api::{Patch, PatchParams};
 use kube::core::{ObjectMeta, TypeMeta};
@@ -12,7 +12,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::events::{self, News};
-use crate::failure::root;
+use crate::failure::{Complaint, root};
 use crate::report::{Outcome, report, same};
 use crate::watch::Known;
 
@@ -51,7 +51,7 @@ pub(crate) async fn publish(
     let recorder = Recorder::new(client.clone(), reporter);
     let objects: Api<AmbientNode> = Api::all(client);
     let mut written: Option<Written> = None;
-    let mut rejection: Option<String> = None;
+    let mut rejection: Option<Complaint> = None;
     let mut retry: Option<Duration> = None;
     loop {
         tokio::select! {
@@ -129,7 +129,7 @@ fn rejected(outcome: &Outcome) -> Option<News> {
     let why = outcome.rejection.clone().filter(|_| attached)?;
     Some(News {
         is_warning: true,
-        reason: reasons::PROXY_REJECTED.to_owned(),
-        note: why,
+        reason: why.reason.to_owned(),
+        note: why.message,
     })
 }

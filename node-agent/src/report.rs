@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use crate::desired::note;
-use crate::failure::{Failure, Part};
+use crate::failure::{Complaint, Failure, Part};
 use crate::roster::{Identity, Progress};
 
 /// Notes that fit into a status.
@@ -28,8 +28,9 @@ pub(crate) struct Outcome {
     pub(crate) facts: Option<Facts>,
     pub(crate) proxy: ProxyState,
     /// Why the last one who said hello was turned away.
-    pub(crate) rejection: Option<String>,
+    pub(crate) rejection: Option<Complaint>,
     pub(crate) failure: Option<Failure>,
+    pub(crate) warning: Option<Complaint>,
     /// What the proxy says about each port.
     pub(crate) listeners: Vec<(u16, Progress)>,
     pub(crate) workloads: Vec<WorkloadOutcome>,
@@ -43,7 +44,7 @@ pub(crate) enum ProxyState {
     /// None has said hello, or its connection is closed.
     Absent,
     /// It is connected, but the host cannot redirect to its namespace.
-    Unusable(String),
+    Unusable(Complaint),
     /// It is connected.
     Attached(Identity, Attachment),
 }
@@ -219,8 +220,9 @@ fn proxy_attached(outcome: &Outcome) -> Statement {
                 attachment.host_device
             ),
         ),
-        (ProxyState::Unusable(why), _) => Statement::fails(kind, reasons::PROXY_UNUSABLE, why),
-        (ProxyState::Absent, Some(why)) => Statement::fails(kind, reasons::PROXY_REJECTED, why),
+        (ProxyState::Unusable(why), _) | (ProxyState::Absent, Some(why)) => {
+            Statement::fails(kind, why.reason, &why.message)
+        }
         (ProxyState::Absent, None) => Statement::fails(
             kind,
             reasons::NO_PROXY,
@@ -249,7 +251,7 @@ fn tunnels_ready(outcome: &Outcome) -> Statement {
         (Some(failure), _) if failure.part == Part::Tunnels => {
             Statement::fails(kind, failure.reason, &failure.message)
         }
-        (Some(failure), _) if is_blind(failure) => Statement::fails(
+        (Some(failure), _) if failure.part == Part::All => Statement::fails(
             kind,
             failure.reason,
             "the kernel cannot be read; see RedirectionReady",
@@ -270,19 +272,13 @@ fn tunnels_ready(outcome: &Outcome) -> Statement {
 fn redirection_ready(outcome: &Outcome) -> Statement {
     let kind = conditions::REDIRECTION_READY;
     match (&outcome.failure, &outcome.proxy) {
-        (Some(failure), _) if failure.part == Part::Redirection => {
-            Statement::fails(kind, failure.reason, &failure.message)
-        }
-        (Some(failure), _) => Statement::fails(
+        (Some(failure), _) if failure.part == Part::Tunnels => Statement::fails(
             kind,
             failure.reason,
             "it waits for the tunnels; see TunnelsReady",
         ),
-        (None, ProxyState::Attached(..)) => Statement::holds(
-            kind,
-            reasons::REDIRECTING,
-            "rules, routes, set, chains and settings are in the kernel, as read back",
-        ),
+        (Some(failure), _) => Statement::fails(kind, failure.reason, &failure.message),
+        (None, ProxyState::Attached(..)) => redirecting(outcome.warning.as_ref()),
         (None, _) => Statement::fails(
             kind,
             reasons::NO_PROXY,
@@ -291,9 +287,17 @@ fn redirection_ready(outcome: &Outcome) -> Statement {
     }
 }
 
-/// A failure that leaves the agent without knowledge of the devices.
-fn is_blind(failure: &Failure) -> bool {
-    [reasons::OBSERVE_FAILED, reasons::IPTABLES_MISSING].contains(&failure.reason)
+fn redirecting(warning: Option<&Complaint>) -> Statement {
+    let kind = conditions::REDIRECTION_READY;
+    let holds = "rules, routes, set, chains and settings are in the kernel, as read back";
+    match warning {
+        None => Statement::holds(kind, reasons::REDIRECTING, holds),
+        Some(warning) => Statement::holds(
+            kind,
+            warning.reason,
+            format!("{holds}; {}", warning.message),
+        ),
+    }
 }
 
 fn listeners_ready(outcome: &Outcome) -> Statement {
@@ -406,6 +410,8 @@ fn count(number: usize) -> i64 {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use datapath::facts::{FactsError, Obstacle};
+
     use super::*;
     use crate::desired::tests::workload;
 
@@ -418,7 +424,6 @@ pub(crate) mod tests {
                 release: "6.1".to_owned(),
                 geneve: true,
                 iptables: datapath::IptablesBackend::Nft,
-                ipvs: false,
             }),
             proxy: ProxyState::Attached(
                 Identity {
@@ -439,6 +444,7 @@ pub(crate) mod tests {
             ),
             rejection: None,
             failure: None,
+            warning: None,
             listeners: [15001, 15008, 15006]
                 .map(|port| (port, Progress::Ready))
                 .into(),
@@ -518,6 +524,31 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn what_might_be_in_the_way_is_said_of_a_redirection_that_is_ready() {
+        let mut outcome = all_well();
+        outcome.warning = Complaint::of(&[Obstacle::EbpfProgram {
+            device: "vethp".to_owned(),
+            program: "watch".to_owned(),
+        }]);
+        let status = status_of(&outcome);
+        let (holds, reason, message) = condition(&status, conditions::REDIRECTION_READY);
+        assert_eq!((holds, reason), ("True", "EbpfDataPath"));
+        assert!(message.contains("vethp"), "{message}");
+        assert_eq!(condition(&status, conditions::READY).1, "AllReady");
+    }
+
+    #[test]
+    fn a_kernel_that_cannot_be_read_leaves_no_part_ready() {
+        let mut outcome = all_well();
+        outcome.failure = Some(Failure::from(&FactsError::Rights(vec!["NET_ADMIN"])));
+        let status = status_of(&outcome);
+        for kind in [conditions::TUNNELS_READY, conditions::REDIRECTION_READY] {
+            let (holds, reason, _) = condition(&status, kind);
+            assert_eq!((holds, reason), ("False", "CapabilityMissing"));
+        }
+    }
+
+    #[test]
     fn without_a_proxy_nothing_counts_as_enrolled_and_the_message_says_what_happens() {
         let mut outcome = all_well();
         outcome.proxy = ProxyState::Absent;
@@ -526,7 +557,10 @@ pub(crate) mod tests {
         assert_eq!((holds, reason), ("False", "NoProxy"));
         assert!(message.contains("failureMode Closed"), "{message}");
         assert_eq!((status.enrolled, status.pending.len()), (0, 1));
-        outcome.rejection = Some("pod x runs on another node".to_owned());
+        outcome.rejection = Some(Complaint {
+            reason: reasons::PROXY_REJECTED,
+            message: "pod x runs on another node".to_owned(),
+        });
         assert_eq!(
             condition(&status_of(&outcome), conditions::PROXY_ATTACHED),
             ("False", "ProxyRejected", "pod x runs on another node")

@@ -9,6 +9,8 @@ use datapath::netns::Netns;
 use protocol::node::{Configure, Listener, Report, WorkloadState};
 use tokio::sync::watch;
 
+use crate::failure::Complaint;
+
 /// Tells connections apart; a later one is larger.
 pub(crate) type SessionId = u64;
 
@@ -30,7 +32,7 @@ pub(crate) enum SessionEvent {
     /// The connection is closed.
     Detached(SessionId),
     /// Someone said hello who is not this node's proxy.
-    Rejected(String),
+    Rejected(Complaint),
 }
 
 /// A proxy that said hello.
@@ -68,7 +70,7 @@ pub(crate) struct Roster {
     /// a proxy that starts again in the same pod finds its devices in place.
     sessions: Vec<Session>,
     current: Option<SessionId>,
-    rejection: Option<String>,
+    rejection: Option<Complaint>,
     generation: u64,
 }
 
@@ -221,8 +223,8 @@ impl Roster {
     }
 
     /// Why the last one who said hello was turned away, until another is let in.
-    pub(crate) fn rejection(&self) -> Option<&str> {
-        self.rejection.as_deref()
+    pub(crate) fn rejection(&self) -> Option<&Complaint> {
+        self.rejection.as_ref()
     }
 
     /// Chooses the proxy that the kernel is to use: the newest that is prepared; until then the one in
@@ -451,8 +453,12 @@ mod tests {
     #[test]
     fn a_rejection_counts_until_a_proxy_is_let_in() {
         let mut roster = Roster::new(0);
-        roster.take(SessionEvent::Rejected("no such pod".to_owned()));
-        assert_eq!(roster.rejection(), Some("no such pod"));
+        let rejected = Complaint {
+            reason: crds::reasons::PROXY_REJECTED,
+            message: "no such pod".to_owned(),
+        };
+        roster.take(SessionEvent::Rejected(rejected.clone()));
+        assert_eq!(roster.rejection(), Some(&rejected));
         roster.take(SessionEvent::Attached(session(1).0));
         assert_eq!(roster.rejection(), None);
     }

@@ -15,12 +15,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crds::reasons;
 use futures::{SinkExt, StreamExt};
 use protocol::node::{AgentMessage, Configure, Report, agent_message, proxy_message};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 
-use crate::failure::chain;
+use crate::failure::{Complaint, chain};
 use crate::roster::{Session, SessionEvent, SessionId};
 
 pub(crate) use admit::{Doorman, Expected};
@@ -61,6 +62,18 @@ enum SessionError {
     Frame(#[from] frame::FrameError),
     #[error("write to the proxy")]
     Write(#[source] io::Error),
+}
+
+impl SessionError {
+    fn complaint(&self) -> Complaint {
+        match self {
+            Self::Admit(rejection) => rejection.complaint(),
+            other => Complaint {
+                reason: reasons::PROXY_REJECTED,
+                message: chain(other),
+            },
+        }
+    }
 }
 
 /// Opens the socket, in the place of one that an earlier agent left.
@@ -122,8 +135,12 @@ async fn talk(
     let admitted = match admit(&stream, doorman, events).await {
         Ok((identity, netns)) => Session::new(id, identity, netns, tell),
         Err(error) => {
-            let why = chain(&error);
-            tracing::warn!(why, "a peer on the agent's socket is turned away");
+            let why = error.complaint();
+            tracing::warn!(
+                reason = why.reason,
+                why = why.message,
+                "a peer on the agent's socket is turned away"
+            );
             // The agent ends when nobody receives any more.
             let _ = events.send(SessionEvent::Rejected(why)).await;
             return;
@@ -158,9 +175,9 @@ async fn admit(
     let (hello, descriptor) = tokio::time::timeout(HELLO_TIMEOUT, hello::receive(stream))
         .await
         .map_err(|_| SessionError::Silent)??;
-    let waiting = |unanswered| {
-        let why = chain(&unanswered);
-        tracing::warn!(why, "a peer cannot be checked yet");
+    let waiting = |unanswered: admit::Rejection| {
+        let why = unanswered.complaint();
+        tracing::warn!(why = why.message, "a peer cannot be checked yet");
         // It is said again if the queue is full now.
         let _ = events.try_send(SessionEvent::Rejected(why));
     };

@@ -333,7 +333,7 @@ async fn a_peer_that_is_not_the_nodes_proxy_is_turned_away_with_the_reason() {
                 let rejection = outcome
                     .as_ref()
                     .and_then(|outcome| outcome.rejection.clone());
-                rejection.is_some_and(|why| why.contains(part))
+                rejection.is_some_and(|why| why.message.contains(part))
             }),
         );
         assert!(told.await.is_ok(), "no rejection says {part}");
@@ -346,7 +346,9 @@ async fn a_peer_that_is_not_the_nodes_proxy_is_turned_away_with_the_reason() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kernel_without_geneve_is_left_alone_and_named() {
     let bed = Bed::new(IptablesBackend::Nft);
-    let facts = datapath::facts::find(&bed.netns("host")).await.unwrap();
+    let (facts, _) = datapath::facts::find(&bed.netns("host"), None)
+        .await
+        .unwrap();
     let mut agent = Agent::start(&bed, 1_000).await;
     let mut geneve = veth(1);
     geneve.tunnel.kind = TunnelType::Geneve;

@@ -46,9 +46,21 @@ pub enum AttachError {
     NoAddress(String),
     /// Its device is no veth.
     #[error(
-        "the proxy's device {0} is not one end of a veth pair to the host: this CNI cannot be redirected"
+        "the proxy's device {device} is {kind} and not one end of a veth pair to the host: give ambit-proxy a \
+         pod network whose CNI plugin makes veth pairs (bridge, ptp, Calico, Flannel …)"
     )]
-    NotVeth(String),
+    NotVeth {
+        /// The device.
+        device: String,
+        /// What it is instead.
+        kind: String,
+    },
+    /// Its device is one of Cilium's, which netfilter never sees.
+    #[error(
+        "the proxy's device {0} is a netkit device, whose packets go past the host's netfilter: set Cilium's \
+         bpf.datapathMode to veth and chain it behind a CNI plugin that makes veth pairs"
+    )]
+    Netkit(String),
     /// The host has no way to it.
     #[error("the host has no route to the proxy {0}")]
     NoHostRoute(IpAddr),
@@ -92,8 +104,17 @@ pub async fn find(
     if ips.is_empty() {
         return Err(AttachError::NoAddress(device));
     }
-    if netlink::kind(link) != Some(InfoKind::Veth) {
-        return Err(AttachError::NotVeth(device));
+    match netlink::kind(link) {
+        Some(InfoKind::Veth) => {}
+        Some(InfoKind::Netkit) => return Err(AttachError::Netkit(device)),
+        kind => {
+            // What has no kind is a device of the host's own, for example a virtual function (SR-IOV).
+            let kind = kind.map_or_else(
+                || "a physical or virtual function's device".to_owned(),
+                |kind| format!("of kind {kind}"),
+            );
+            return Err(AttachError::NotVeth { device, kind });
+        }
     }
     let ends = ends(&outside, &ips).await?;
     let host_device = match host_end(&outside, link, index).await? {

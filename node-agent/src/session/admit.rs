@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crds::reasons;
 use datapath::Family;
 use datapath::attachment::{self, AttachError};
 use datapath::netns::{Netns, NotNetns};
@@ -13,7 +14,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client};
 use protocol::node::Hello;
 
-use crate::failure::root;
+use crate::failure::{self, Complaint, root};
 use crate::roster::Identity;
 
 /// How long the API server may take to learn the address of a pod that has just started.
@@ -101,6 +102,24 @@ pub(crate) enum Rejection {
         /// The addresses of the pod.
         expected: String,
     },
+}
+
+impl Rejection {
+    /// As the status tells it.
+    pub(crate) fn complaint(&self) -> Complaint {
+        let reason = match self {
+            Self::Namespaces(_, error) => match Complaint::unusable(error).reason {
+                reasons::PROXY_UNUSABLE => reasons::PROXY_REJECTED,
+                reason => reason,
+            },
+            Self::HostNetwork(_) => reasons::PROXY_WITHOUT_VETH,
+            _ => reasons::PROXY_REJECTED,
+        };
+        Complaint {
+            reason,
+            message: failure::chain(self),
+        }
+    }
 }
 
 impl Doorman {

@@ -97,7 +97,15 @@ impl Iptables {
         netns: &Netns,
     ) -> Result<String, IptablesError> {
         let program = self.save_program(family);
-        run(netns, program, &["-t", table.name()], table, "")
+        run(netns, program, &["-t", table.name()], table.name(), "")
+    }
+
+    /// What `iptables-save` prints of all tables that are there; it makes none.
+    ///
+    /// # Errors
+    /// If the program is missing or fails.
+    pub fn dump(self, family: Family, netns: &Netns) -> Result<String, IptablesError> {
+        run(netns, self.save_program(family), &[], "(any)", "")
     }
 
     /// Puts `new` in the place of `old`, in one transaction.
@@ -124,7 +132,14 @@ impl Iptables {
         );
         let program = self.restore_program(family);
         // -w: the lock may be held by kube-proxy.
-        run(netns, program, &["--noflush", "-w", "5"], table, &text).map(drop)
+        run(
+            netns,
+            program,
+            &["--noflush", "-w", "5"],
+            table.name(),
+            &text,
+        )
+        .map(drop)
     }
 }
 
@@ -132,7 +147,7 @@ fn run(
     netns: &Netns,
     program: &'static str,
     arguments: &[&str],
-    table: Table,
+    table: &'static str,
     input: &str,
 ) -> Result<String, IptablesError> {
     let failed = |error: io::Error| match error.kind() {
@@ -148,7 +163,7 @@ fn run(
         let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         return Err(IptablesError::Failed {
             program,
-            table: table.name(),
+            table,
             message,
         });
     }

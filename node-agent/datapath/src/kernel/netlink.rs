@@ -130,6 +130,27 @@ impl Netlink {
         Ok(rules)
     }
 
+    /// Names of the BPF programs that tc runs on a device, both ways; empty for one without a name.
+    pub(crate) async fn bpf_programs(&self, index: u32) -> Result<Vec<String>, NetlinkError> {
+        let index = i32::try_from(index).unwrap_or_default();
+        let mut found = Vec::new();
+        for ingress in [true, false] {
+            let filters = self.handle.traffic_filter(index).get();
+            let filters = if ingress {
+                filters.ingress()
+            } else {
+                filters.egress()
+            };
+            match filters.execute().try_collect::<Vec<_>>().await {
+                Ok(filters) => found.extend(filters.iter().filter_map(device::bpf_program)),
+                // A kernel without filters.
+                Err(error) if is_errno(&error, nix::libc::EOPNOTSUPP) => {}
+                Err(error) => return Err(NetlinkError::Read("filters of tc", error)),
+            }
+        }
+        Ok(found)
+    }
+
     /// The way the kernel takes to an address, as `ip route get`.
     pub(crate) async fn route_to(
         &self,

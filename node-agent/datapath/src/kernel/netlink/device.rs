@@ -8,6 +8,7 @@ use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
     InfoData, InfoGeneve, InfoKind, LinkAttribute, LinkInfo, LinkMessage,
 };
+use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcMessage, TcOption};
 
 use crate::datapath::{Address, Link};
 use crate::names::{ISTIOIN, ISTIOOUT, LINK_LOCAL, PISTIOIN, PISTIOOUT};
@@ -106,6 +107,27 @@ pub(super) fn geneve(link: &LinkMessage) -> Link {
         port,
         mtu: mtu(link),
     }
+}
+
+/// The name of the program of a filter of kind bpf, once it is attached.
+pub(super) fn bpf_program(filter: &TcMessage) -> Option<String> {
+    let is_bpf = filter
+        .attributes
+        .iter()
+        .any(|attribute| *attribute == TcAttribute::Kind("bpf".to_owned()));
+    // The first message of a dump speaks of the chain of filters and has no handle.
+    let attached = is_bpf && u32::from(filter.header.handle) != 0;
+    let name = filter
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            TcAttribute::Options(options) => options.iter().find_map(|option| match option {
+                TcOption::Bpf(TcFilterBpfOption::ProgName(name)) => Some(name.clone()),
+                _ => None,
+            }),
+            _ => None,
+        });
+    attached.then(|| name.unwrap_or_default())
 }
 
 pub(super) fn own_address(

@@ -1,0 +1,77 @@
+//! What `iptables-save` prints, line by line.
+
+use crate::input::IptablesBackend;
+use crate::names::CHAIN_PREFIX;
+
+/// The whole of it, of one backend and one family.
+#[derive(Clone, Debug)]
+pub(super) struct Saved {
+    pub(super) backend: IptablesBackend,
+    pub(super) text: String,
+}
+
+/// A rule of somebody else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Rule<'a> {
+    pub(super) table: &'a str,
+    pub(super) chain: &'a str,
+    /// The line, as one would type it.
+    pub(super) text: &'a str,
+}
+
+impl Saved {
+    /// Rules that are not ours and do not lead to ours.
+    pub(super) fn foreign_rules(&self) -> impl Iterator<Item = Rule<'_>> {
+        let mut table = "";
+        self.text.lines().filter_map(move |line| {
+            if let Some(name) = line.strip_prefix('*') {
+                table = name;
+            }
+            let chain = line.strip_prefix("-A ")?.split(' ').next()?;
+            let ours = is_ours(line);
+            (!ours).then_some(Rule {
+                table,
+                chain,
+                text: line,
+            })
+        })
+    }
+
+    /// Chains that are neither the kernel's own nor ours, by table.
+    pub(super) fn foreign_chains(&self) -> impl Iterator<Item = &str> {
+        self.chains().filter(|name| !is_ours(name))
+    }
+
+    /// Whether a chain of ours is in it.
+    pub(super) fn has_ours(&self) -> bool {
+        self.chains().any(is_ours)
+    }
+
+    /// Chains that somebody made: they have no policy.
+    fn chains(&self) -> impl Iterator<Item = &str> {
+        self.text
+            .lines()
+            .filter_map(|line| line.strip_prefix(':')?.split_once(" - ["))
+            .map(|(name, _)| name)
+    }
+}
+
+impl<'a> Rule<'a> {
+    pub(super) fn words(self) -> impl Iterator<Item = &'a str> + Clone {
+        self.text.split_whitespace()
+    }
+
+    /// The word after an option.
+    pub(super) fn value(self, option: &str) -> Option<&'a str> {
+        self.words().skip_while(|word| *word != option).nth(1)
+    }
+
+    /// Where a packet goes that meets the rule.
+    pub(super) fn target(self) -> Option<&'a str> {
+        self.value("-j").or_else(|| self.value("-g"))
+    }
+}
+
+fn is_ours(text: &str) -> bool {
+    text.contains(CHAIN_PREFIX)
+}
