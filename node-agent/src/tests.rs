@@ -312,17 +312,29 @@ async fn a_peer_that_is_not_the_nodes_proxy_is_turned_away_with_the_reason() {
     let bed = Bed::new(IptablesBackend::Nft);
     let mut agent = Agent::start(&bed, 1_000).await;
     agent.want(veth(1));
-    for (namespace, pod, part) in [
-        ("host", "proxy", "on the host's own network"),
+    for (namespace, pod, reason, part) in [
+        (
+            "host",
+            "proxy",
+            "ProxyWithoutVeth",
+            "on the host's own network",
+        ),
         (
             "a",
             "proxy",
+            "ProxyRejected",
             "has address 10.244.1.4, the pod has 10.244.1.3",
         ),
-        ("a", "stranger", "there is no pod ambit-system/stranger"),
+        (
+            "a",
+            "stranger",
+            "ProxyRejected",
+            "there is no pod ambit-system/stranger",
+        ),
         (
             "a",
             "hidden",
+            "ProxyRejected",
             "ask for pod ambit-system/hidden: pods is forbidden",
         ),
     ] {
@@ -337,9 +349,7 @@ async fn a_peer_that_is_not_the_nodes_proxy_is_turned_away_with_the_reason() {
             }),
         );
         assert!(told.await.is_ok(), "no rejection says {part}");
-        agent
-            .until(conditions::PROXY_ATTACHED, "ProxyRejected")
-            .await;
+        agent.until(conditions::PROXY_ATTACHED, reason).await;
     }
 }
 
