@@ -1,6 +1,6 @@
 //! 15008: HBONE towards the pods of this node.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,10 +15,11 @@ use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use crate::access::Facts;
+use crate::authority;
 use crate::copy::{self, Transferred};
 use crate::identity::SpiffeId;
 use crate::local::LocalWorkload;
-use crate::metrics::Reporter;
+use crate::metrics::{ADDRESS_FAMILY, Reporter};
 use crate::policy::{self, Denied};
 use crate::shared::{NotDiscovered, Shared};
 use crate::socket::{self, DialError};
@@ -57,7 +58,7 @@ enum RequestError {
     Method(Method),
     #[error("the authority {0:?} is no address and port")]
     Authority(String),
-    #[error("the authority {authority} is not the address of the destination pod {destination}")]
+    #[error("the authority {authority} is not an address of the destination pod {destination}")]
     Mismatch {
         authority: SocketAddr,
         destination: SocketAddr,
@@ -91,7 +92,10 @@ impl RequestError {
     /// The codes of the field.
     fn status(&self) -> StatusCode {
         match self {
-            Self::Method(_) | Self::Authority(_) | Self::Mismatch { .. } => StatusCode::BAD_REQUEST,
+            Self::Method(_)
+            | Self::Authority(_)
+            | Self::Mismatch { .. }
+            | Self::Dial(DialError::Family(..)) => StatusCode::BAD_REQUEST,
             Self::Denied(_) => StatusCode::UNAUTHORIZED,
             Self::Unknown | Self::OwnPort(_) | Self::NotDiscovered(_) | Self::Dial(_) => {
                 StatusCode::SERVICE_UNAVAILABLE
@@ -102,6 +106,7 @@ impl RequestError {
     fn flags(&self) -> &'static str {
         match self {
             Self::Denied(_) => "DENY",
+            Self::Dial(DialError::Family(..)) => ADDRESS_FAMILY,
             _ => "CONNECT",
         }
     }
@@ -282,7 +287,7 @@ async fn open(
     ends: &Ends,
     facts: &mut Facts,
 ) -> Result<TcpStream, RequestError> {
-    let to = destination_of(request, ends.destination)?;
+    let to = destination_of(request, ends.destination, &ends.workload.addresses)?;
     facts.destination = to;
     // The address may have gone to another pod, which is not the one that the client knows.
     let local = shared.local.load();
@@ -308,19 +313,20 @@ async fn open(
     Ok(socket::dial_pod(ends.source.ip(), to).await?)
 }
 
+/// Where the client wants to go: to an address of the pod whose certificate it was shown.
 fn destination_of<B>(
     request: &Request<B>,
     destination: SocketAddr,
+    of_pod: &[IpAddr],
 ) -> Result<SocketAddr, RequestError> {
     if request.method() != Method::CONNECT {
         return Err(RequestError::Method(request.method().clone()));
     }
     let authority = request.uri().authority();
     let text = authority.map_or("", |authority| authority.as_str());
-    let authority: SocketAddr = text
-        .parse()
-        .map_err(|_| RequestError::Authority(text.to_owned()))?;
-    if authority.ip() != destination.ip() {
+    let authority =
+        authority::parse(text).ok_or_else(|| RequestError::Authority(text.to_owned()))?;
+    if !of_pod.contains(&authority.ip()) {
         return Err(RequestError::Mismatch {
             authority,
             destination,
@@ -336,23 +342,27 @@ mod tests {
     fn check(method: Method, uri: &str) -> Result<SocketAddr, StatusCode> {
         let request = Request::builder().method(method).uri(uri).body(()).unwrap();
         let destination = "10.0.0.1:15008".parse().unwrap();
-        destination_of(&request, destination).map_err(|error| error.status())
+        let of_pod = ["10.0.0.1", "fd00::1"].map(|ip| ip.parse().unwrap());
+        destination_of(&request, destination, &of_pod).map_err(|error| error.status())
     }
 
     #[test]
     fn only_a_connect_to_the_pod_itself_is_taken() {
-        assert_eq!(
-            check(Method::CONNECT, "10.0.0.1:80"),
-            Ok("10.0.0.1:80".parse().unwrap())
-        );
-        assert_eq!(
-            check(Method::CONNECT, "10.0.0.2:80"),
-            Err(StatusCode::BAD_REQUEST)
-        );
-        assert_eq!(
-            check(Method::CONNECT, "web.shop:80"),
-            Err(StatusCode::BAD_REQUEST)
-        );
+        for own in ["10.0.0.1:80", "[fd00::1]:80"] {
+            assert_eq!(check(Method::CONNECT, own), Ok(own.parse().unwrap()));
+        }
+        for other in [
+            "10.0.0.2:80",
+            "[fd00::2]:80",
+            "[::ffff:10.0.0.1]:80",
+            "web.shop:80",
+        ] {
+            assert_eq!(
+                check(Method::CONNECT, other),
+                Err(StatusCode::BAD_REQUEST),
+                "{other}"
+            );
+        }
         assert_eq!(
             check(Method::GET, "http://10.0.0.1:80/"),
             Err(StatusCode::BAD_REQUEST)

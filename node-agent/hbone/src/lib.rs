@@ -30,6 +30,7 @@ pub mod policy;
 pub mod upstream;
 
 // connect,
+mod authority;
 mod connect;
 mod pool;
 mod socket;

@@ -21,6 +21,9 @@ use crate::identity::SpiffeId;
 /// Label sets beyond this many are counted together: pairs of workloads come and go.
 const MAX_SERIES: usize = 10_000;
 
+/// Response flag of a connection whose two ends have no address family in common.
+pub(crate) const ADDRESS_FAMILY: &str = "ADDRESS_FAMILY";
+
 /// Which side of a connection reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Reporter {

@@ -13,7 +13,7 @@ use crate::access::{Facts, with_causes};
 use crate::connect::{self, ConnectError, Peer};
 use crate::copy;
 use crate::local::LocalWorkload;
-use crate::metrics::Reporter;
+use crate::metrics::{ADDRESS_FAMILY, Reporter};
 use crate::policy::{self, Denied};
 use crate::pool::{Key, Lease};
 use crate::shared::{NotDiscovered, Shared};
@@ -54,6 +54,7 @@ impl OutboundError {
     fn flags(&self) -> &'static str {
         match self {
             Self::Denied(_) => "DENY",
+            Self::Refused(Refusal::OtherFamily { .. }) => ADDRESS_FAMILY,
             Self::Connect(error) => error.flags(),
             _ => "CONNECT",
         }

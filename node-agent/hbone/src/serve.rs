@@ -33,7 +33,8 @@ pub type Listener = (ListenerKind, u16);
 #[derive(Debug)]
 pub struct Server {
     shared: Arc<Shared>,
-    running: Mutex<BTreeMap<Listener, JoinHandle<()>>>,
+    /// Each with a task for each family.
+    running: Mutex<BTreeMap<Listener, Vec<JoinHandle<()>>>>,
     connections: TaskTracker,
 }
 
@@ -53,10 +54,10 @@ impl Server {
     pub fn listen(&self, wanted: &BTreeSet<Listener>) -> BTreeMap<Listener, Result<(), io::Error>> {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let draining = self.shared.is_draining();
-        running.retain(|listener, task| {
+        running.retain(|listener, tasks| {
             let keep = wanted.contains(listener) && !draining;
             if !keep {
-                task.abort();
+                tasks.iter().for_each(JoinHandle::abort);
             }
             keep
         });
@@ -65,10 +66,13 @@ impl Server {
             let result = match running.contains_key(&listener) {
                 true => Ok(()),
                 false if draining => Err(io::Error::other("the proxy is ending")),
-                false => socket::listen(port).map(|socket| {
-                    tracing::info!(?kind, port, "listening");
-                    let task = accept(socket, kind, self.shared.clone(), self.connections.clone());
-                    running.insert(listener, tokio::spawn(task));
+                false => socket::listen(port).map(|sockets| {
+                    tracing::info!(?kind, port, ipv6 = sockets.len() > 1, "listening");
+                    let accept = |socket| {
+                        let (shared, connections) = (self.shared.clone(), self.connections.clone());
+                        tokio::spawn(accept(socket, kind, shared, connections))
+                    };
+                    running.insert(listener, sockets.into_iter().map(accept).collect());
                 }),
             };
             results.insert(listener, result);

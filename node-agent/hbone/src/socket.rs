@@ -1,9 +1,10 @@
 //! Sockets: transparent listeners, and dials from a pod's own address.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
@@ -16,6 +17,8 @@ const BACKLOG: i32 = 4096;
 /// A socket that could not be made or connected.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DialError {
+    #[error("{1} cannot be reached from {0}: one is IPv4, the other IPv6")]
+    Family(IpAddr, SocketAddr),
     #[error("make a socket that is bound to {0:?}")]
     Socket(Option<IpAddr>, #[source] io::Error),
     #[error("connect to {0}")]
@@ -31,16 +34,45 @@ impl DialError {
     }
 }
 
-/// Listens on a port for connections to any address (TPROXY). Accepted sockets inherit its options.
-pub(crate) fn listen(port: u16) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+/// Listens on a port for connections to any address of both families (TPROXY), or of IPv4 where the
+/// kernel has no IPv6. A socket for each: one for both would show IPv4 addresses as IPv4-mapped ones.
+pub(crate) fn listen(port: u16) -> io::Result<Vec<TcpListener>> {
+    let v4 = listen_at(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))?;
+    match listen_at(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))) {
+        Ok(v6) => Ok(vec![v4, v6]),
+        Err(error) if error.raw_os_error() == Some(Errno::EAFNOSUPPORT as i32) => Ok(vec![v4]),
+        Err(error) => Err(error),
+    }
+}
+
+/// Accepted sockets inherit its options.
+fn listen_at(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = new(address)?;
     socket.set_reuse_address(true)?;
-    socket.set_ip_transparent_v4(true)?;
-    set_common(&socket)?;
-    socket.set_nonblocking(true)?;
-    socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)).into())?;
+    set_transparent(&socket, address.ip())?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     TcpListener::from_std(socket.into())
+}
+
+/// A socket of the address's family.
+fn new(address: SocketAddr) -> io::Result<Socket> {
+    let domain = Domain::for_address(address);
+    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+    set_common(&socket)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}
+
+/// Whose address it is does not matter any more.
+fn set_transparent(socket: &Socket, family_of: IpAddr) -> io::Result<()> {
+    match family_of {
+        IpAddr::V4(_) => socket.set_ip_transparent_v4(true),
+        IpAddr::V6(_) => socket.set_ip_transparent_v6(true),
+    }
 }
 
 fn set_common(socket: &Socket) -> io::Result<()> {
@@ -55,6 +87,9 @@ fn set_common(socket: &Socket) -> io::Result<()> {
 
 /// Connects, from this address if one is given: it need not be one of this namespace's own.
 pub(crate) async fn dial(source: Option<IpAddr>, to: SocketAddr) -> Result<TcpStream, DialError> {
+    if let Some(source) = source.filter(|source| source.is_ipv4() != to.is_ipv4()) {
+        return Err(DialError::Family(source, to));
+    }
     let socket = prepare(source, to).map_err(|error| DialError::Socket(source, error))?;
     match tokio::time::timeout(CONNECT_TIMEOUT, socket.connect(to)).await {
         Ok(connected) => connected.map_err(|error| DialError::Connect(to, error)),
@@ -70,19 +105,9 @@ pub(crate) async fn dial_pod(client: IpAddr, pod: SocketAddr) -> Result<TcpStrea
 }
 
 fn prepare(source: Option<IpAddr>, to: SocketAddr) -> io::Result<TcpSocket> {
-    let domain = if to.is_ipv4() {
-        Domain::IPV4
-    } else {
-        Domain::IPV6
-    };
-    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
-    set_common(&socket)?;
-    socket.set_nonblocking(true)?;
+    let socket = new(to)?;
     if let Some(source) = source {
-        match source {
-            IpAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
-            IpAddr::V6(_) => socket.set_ip_transparent_v6(true)?,
-        }
+        set_transparent(&socket, source)?;
         // The port is chosen at connect, when the whole tuple is known: more than one per port.
         setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
         socket.bind(&SocketAddr::new(source, 0).into())?;

@@ -9,6 +9,7 @@ use h2::{Ping, PingPong, Reason, RecvStream, SendStream, server};
 use http::{Method, Request, StatusCode, Uri};
 use tokio::io::{AsyncRead, AsyncWrite};
 
+use crate::authority;
 use crate::directory::Workload;
 use crate::local::LocalWorkload;
 
@@ -160,14 +161,14 @@ pub(crate) fn baggage(cluster: &str, pod: &LocalWorkload, known: Option<&Workloa
     baggage
 }
 
-/// Opens a tunnel to `authority` on a connection.
+/// Opens a tunnel to a pod and its own port on a connection.
 pub(crate) async fn open(
     send: SendRequest<Bytes>,
-    authority: SocketAddr,
+    to: SocketAddr,
     headers: ConnectHeaders,
 ) -> Result<(SendStream<Bytes>, RecvStream), TunnelError> {
-    let request = request(authority, headers);
-    let request = request.map_err(|error| TunnelError::Request(authority, error))?;
+    let request = request(to, headers);
+    let request = request.map_err(|error| TunnelError::Request(to, error))?;
     let (answer, stream) = send.ready().await?.send_request(request, false)?;
     let answer = answer.await?;
     if answer.status() != StatusCode::OK {
@@ -176,8 +177,8 @@ pub(crate) async fn open(
     Ok((stream, answer.into_body()))
 }
 
-fn request(authority: SocketAddr, headers: ConnectHeaders) -> Result<Request<()>, http::Error> {
-    let uri = Uri::builder().authority(authority.to_string()).build()?;
+fn request(to: SocketAddr, headers: ConnectHeaders) -> Result<Request<()>, http::Error> {
+    let uri = Uri::builder().authority(authority::format(to)).build()?;
     Request::builder()
         .method(Method::CONNECT)
         .uri(uri)

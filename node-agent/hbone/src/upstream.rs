@@ -62,6 +62,19 @@ pub enum Refusal {
     /// Nothing behind the service is ready.
     #[error("service {0} has no ready endpoint for port {1}")]
     NoEndpoint(Arc<str>, u16),
+    /// What is ready cannot be reached from the client's address.
+    #[error(
+        "service {service} has ready endpoints for port {port}, but none with an {family} address; \
+         its address of the other family leads to them"
+    )]
+    OtherFamily {
+        /// The service.
+        service: Arc<str>,
+        /// Its port.
+        port: u16,
+        /// What the client called by.
+        family: &'static str,
+    },
 }
 
 impl Upstream {
@@ -110,18 +123,23 @@ pub fn choose(
     }
     let client = directory.workload(&source.uid).map(|client| &**client);
     let balancing = &service.balancing;
+    let mut other_family = false;
     let mut ranked: Vec<(usize, u64, &Arc<Workload>, SocketAddr)> = directory
         .endpoints(&service.key)
         .filter(|workload| workload.healthy || balancing.allow_unhealthy)
         .filter_map(|workload| {
             let target = *workload.services.get(&service.key)?.get(&port)?;
-            let mut addresses = workload.addresses.iter();
-            let ip = addresses.find(|ip| ip.is_ipv4() == destination.is_ipv4())?;
-            let endpoint = SocketAddr::new(*ip, target);
             let shared = shared(balancing, client, workload);
+            if balancing.strict && shared < balancing.preference.len() {
+                return None;
+            }
+            // The client's address can only be kept towards one of the same family.
+            let mut addresses = workload.addresses.iter();
+            let ip = addresses.find(|ip| ip.is_ipv4() == destination.is_ipv4());
+            other_family |= ip.is_none() && !workload.addresses.is_empty();
+            let endpoint = SocketAddr::new(*ip?, target);
             Some((shared, shuffle(workload), workload, endpoint))
         })
-        .filter(|(shared, ..)| !balancing.strict || *shared == balancing.preference.len())
         .collect();
     let order = |way: &(usize, u64, _, _)| (Reverse(way.0), way.1);
     if ranked.len() > TRIES {
@@ -130,7 +148,15 @@ pub fn choose(
     }
     ranked.sort_by_key(order);
     if ranked.is_empty() {
-        return Err(Refusal::NoEndpoint(service.key.clone(), port));
+        let service = service.key.clone();
+        return Err(match (other_family, destination.is_ipv4()) {
+            (false, _) => Refusal::NoEndpoint(service, port),
+            (true, v4) => Refusal::OtherFamily {
+                service,
+                port,
+                family: if v4 { "IPv4" } else { "IPv6" },
+            },
+        });
     }
     let upstreams = ranked
         .into_iter()
@@ -267,6 +293,49 @@ mod tests {
             ..Balancing::default()
         };
         assert_eq!(ways(&world(balancing), "10.96.0.10:80").unwrap().len(), 1);
+    }
+
+    #[test]
+    fn an_endpoint_is_reached_by_the_family_that_the_client_called_by() {
+        let mut directory = world(Balancing::default());
+        directory.put_service(crate::directory::Service {
+            addresses: ["10.96.0.10", "fd00:96::10"]
+                .map(|ip| ip.parse().unwrap())
+                .to_vec(),
+            ..service(Balancing::default())
+        });
+        let both = Workload {
+            addresses: ["10.0.3.3", "fd00:3::3"]
+                .map(|ip| ip.parse().unwrap())
+                .to_vec(),
+            ..workload("both", "10.0.3.3", "n3")
+        };
+        directory.put_workload(both);
+        let reached = |to: &str| {
+            let ways = ways(&directory, to).unwrap();
+            let mut ends: Vec<_> = ways.iter().map(|way| way.endpoint().to_string()).collect();
+            ends.sort();
+            ends
+        };
+        assert_eq!(reached("[fd00:96::10]:80"), ["[fd00:3::3]:8080"]);
+        assert_eq!(
+            reached("10.96.0.10:80"),
+            ["10.0.1.2:8080", "10.0.2.2:8080", "10.0.3.3:8080"]
+        );
+        directory.remove_workload("both");
+        let refusal = ways(&directory, "[fd00:96::10]:80").unwrap_err();
+        let said = refusal.to_string();
+        assert!(
+            said.contains(
+                "shop/web has ready endpoints for port 80, but none with an IPv6 address"
+            ),
+            "{said}"
+        );
+        // Nobody of the other family serves either.
+        directory.remove_workload("near");
+        directory.remove_workload("far");
+        let refusal = ways(&directory, "[fd00:96::10]:80").unwrap_err();
+        assert!(matches!(refusal, Refusal::NoEndpoint(..)), "{refusal}");
     }
 
     #[test]

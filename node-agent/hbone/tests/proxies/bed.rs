@@ -2,12 +2,16 @@
 //!
 //! ```text
 //!  client 10.1.0.1 ──mark──▶ TPROXY 15001 ─ near proxy ──▶ 10.2.0.1:15008 ─ far proxy ──▶ 10.2.0.1:8080
+//! client fd00:1::1 ──mark──▶ TPROXY 15001 ─ near proxy ─▶ [fd00:2::1]:15008 ─ far proxy ─▶ [fd00:2::1]:8080
 //! ```
 //!
-//! All addresses are on the loopback device. Only what carries the mark of a pod's own connections is
+//! A test runs once for each family, in a namespace that has only this one, or once in a namespace
+//! that has both. All addresses lead to the loopback device. Only what carries the mark of a pod's own connections is
 //! redirected, so that the proxies' dials to the same addresses are not.
 
 pub(crate) mod authority;
+pub(crate) mod host;
+pub(crate) mod log;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -21,41 +25,53 @@ use hbone::directory::{Balancing, Directory, Locality, Service, Workload};
 use hbone::identity::{SpiffeId, TrustDomain};
 use hbone::local::{LocalWorkload, LocalWorkloads};
 use hbone::{ListenerKind, Server, Settings, Shared};
+pub(crate) use host::{Families, Host};
 use nix::sched::{CloneFlags, unshare};
+use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use socket2::{Domain, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinHandle;
 
-pub(crate) const CLIENT: &str = "10.1.0.1";
-pub(crate) const NEIGHBOUR: &str = "10.1.0.2";
-pub(crate) const SERVER: &str = "10.2.0.1";
-pub(crate) const VIP: &str = "10.9.0.1";
-pub(crate) const OUTSIDE: &str = "10.9.9.9";
-pub(crate) const PROXY: &str = "10.3.0.1";
+pub(crate) const CLIENT: Host = Host::new(1, 1);
+pub(crate) const NEIGHBOUR: Host = Host::new(1, 2);
+pub(crate) const SERVER: Host = Host::new(2, 1);
+pub(crate) const PROXY: Host = Host::new(3, 1);
+pub(crate) const VIP: Host = Host::new(9, 1);
+pub(crate) const OUTSIDE: Host = Host::new(9, 9);
 
 /// Mark of a pod's connection, and of one from outside the mesh to a pod.
 const FROM_POD: u32 = 0x777;
 const TO_POD: u32 = 0x778;
 
-/// Runs a test in a network namespace of its own, which goes with it.
-pub(crate) fn in_namespace<F>(test: impl FnOnce() -> F + Send + 'static)
+/// Runs a test for each family, each time in a network namespace of its own, which goes with it.
+pub(crate) fn in_namespace<F>(test: impl Fn() -> F + Send + Copy + 'static)
 where
     F: Future<Output = ()>,
 {
-    let thread = std::thread::spawn(move || {
+    in_namespace_of(Families::V4, test);
+    in_namespace_of(Families::V6, test);
+}
+
+/// Runs a test where pods and services have an address of each family.
+pub(crate) fn in_dual_stack_namespace<F>(test: impl Fn() -> F + Send + 'static)
+where
+    F: Future<Output = ()>,
+{
+    in_namespace_of(Families::Both, test);
+}
+
+fn in_namespace_of<F>(families: Families, test: impl Fn() -> F + Send + 'static)
+where
+    F: Future<Output = ()>,
+{
+    // The name shows in what a test that fails says.
+    let thread = std::thread::Builder::new().name(format!("{families:?}"));
+    let thread = thread.spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).expect("these tests need root");
-        run("ip link set lo up");
-        for ip in [CLIENT, NEIGHBOUR, SERVER, VIP, OUTSIDE, PROXY] {
-            run(&format!("ip address add {ip}/32 dev lo"));
-        }
-        for (mark, port) in [(FROM_POD, 15001), (TO_POD, 15006)] {
-            run(&format!(
-                "iptables -t mangle -A PREROUTING -i lo -p tcp -m mark --mark {mark} \
-                 -j TPROXY --on-port {port} --tproxy-mark 0x400/0xfff"
-            ));
-        }
+        families.choose();
+        prepare(families);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build();
@@ -65,8 +81,34 @@ where
                 .expect("the test hangs");
         });
     });
-    if let Err(panic) = thread.join() {
+    if let Err(panic) = thread.unwrap().join() {
         std::panic::resume_unwind(panic);
+    }
+}
+
+fn prepare(families: Families) {
+    if families == Families::V4 {
+        std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    }
+    run("ip link set lo up");
+    for host in [NEIGHBOUR, SERVER, VIP, OUTSIDE, PROXY] {
+        for ip in host.addresses() {
+            // An address of IPv6 is to be there at once.
+            let flags = if ip.is_ipv6() { "nodad" } else { "" };
+            run(&format!("ip address add {ip} dev lo {flags}"));
+        }
+    }
+    for ip in CLIENT.addresses() {
+        // No device has it, as the proxies do not have the pods': only transparent sockets can.
+        run(&format!("ip route add local {ip} dev lo"));
+    }
+    for (mark, port) in [(FROM_POD, 15001), (TO_POD, 15006)] {
+        for (program, on_ip) in families.tproxy() {
+            run(&format!(
+                "{program} -t mangle -A PREROUTING -i lo -p tcp -m mark --mark {mark} \
+                 -j TPROXY --on-ip {on_ip} --on-port {port} --tproxy-mark 0x400/0xfff"
+            ));
+        }
     }
 }
 
@@ -79,12 +121,8 @@ fn run(command: &str) {
     assert!(output.status.success(), "{command}: {output:?}");
 }
 
-pub(crate) fn ip(text: &str) -> IpAddr {
-    text.parse().unwrap()
-}
-
-pub(crate) fn at(ip: &str, port: u16) -> SocketAddr {
-    SocketAddr::new(self::ip(ip), port)
+pub(crate) fn at(ip: impl Into<IpAddr>, port: u16) -> SocketAddr {
+    SocketAddr::new(ip.into(), port)
 }
 
 pub(crate) fn identity(account: &str) -> SpiffeId {
@@ -92,25 +130,25 @@ pub(crate) fn identity(account: &str) -> SpiffeId {
 }
 
 /// A pod of a node. Its service account has its name.
-pub(crate) fn pod(name: &str, ip: &str) -> LocalWorkload {
+pub(crate) fn pod(name: &str, host: Host) -> LocalWorkload {
     LocalWorkload {
         uid: name.into(),
         namespace: "shop".into(),
         name: name.into(),
         identity: identity(name),
-        addresses: vec![self::ip(ip)],
+        addresses: host.addresses(),
     }
 }
 
 /// What the controller says about a pod; port 80 of `shop/web` is its 8080.
-pub(crate) fn workload(name: &str, ip: &str) -> Workload {
+pub(crate) fn workload(name: &str, host: Host) -> Workload {
     Workload {
         uid: name.into(),
         name: name.into(),
         namespace: "shop".into(),
         service_account: name.to_owned(),
         hbone: Some(identity(name)),
-        addresses: vec![self::ip(ip)],
+        addresses: host.addresses(),
         host_network: false,
         node: String::new(),
         network: String::new(),
@@ -126,10 +164,10 @@ pub(crate) fn workload(name: &str, ip: &str) -> Workload {
     }
 }
 
-pub(crate) fn endpoint(name: &str, ip: &str) -> Workload {
+pub(crate) fn endpoint(name: &str, host: Host) -> Workload {
     Workload {
         services: BTreeMap::from([("shop/web".into(), BTreeMap::from([(80, 8080)]))]),
-        ..workload(name, ip)
+        ..workload(name, host)
     }
 }
 
@@ -139,7 +177,7 @@ pub(crate) fn service() -> Service {
         name: "web".into(),
         namespace: "shop".into(),
         hostname: "web.shop.svc.cluster.local".into(),
-        addresses: vec![ip(VIP)],
+        addresses: VIP.addresses(),
         ports: BTreeMap::from([(80, 8080)]),
         balancing: Balancing::default(),
     }
@@ -187,7 +225,7 @@ impl Node {
             cluster: "Kubernetes".to_owned(),
         };
         let shared = Shared::new(settings, &mut registry);
-        shared.own_addresses.store(Arc::new(vec![ip(PROXY)]));
+        shared.own_addresses.store(Arc::new(PROXY.addresses()));
         let node = Self {
             server: Server::new(shared.clone()),
             shared,
@@ -219,6 +257,14 @@ impl Node {
         while !identities.iter().all(|id| certificates.get(id).is_some()) {
             changes.changed().await.unwrap();
         }
+    }
+
+    /// The lines of a metric, as they are scraped.
+    pub(crate) fn metric(&self, name: &str) -> String {
+        let mut text = String::new();
+        encode(&mut text, &self.registry).unwrap();
+        let lines = text.lines().filter(|line| line.starts_with(name));
+        lines.collect::<Vec<_>>().join("\n")
     }
 
     pub(crate) fn change(&self, change: impl FnOnce(&mut Directory)) {
@@ -254,33 +300,53 @@ impl Mesh {
     }
 }
 
-fn bound(from: &str, mark: u32) -> TcpSocket {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-    socket.set_mark(mark).unwrap();
+/// A socket with an address that need not be a device's.
+fn bound(from: SocketAddr) -> Socket {
+    let socket = Socket::new(Domain::for_address(from), Type::STREAM, None).unwrap();
+    match from {
+        SocketAddr::V4(_) => socket.set_freebind_v4(true).unwrap(),
+        SocketAddr::V6(_) => socket.set_freebind_v6(true).unwrap(),
+    }
     socket.set_tcp_nodelay(true).unwrap();
     socket.set_nonblocking(true).unwrap();
-    socket.bind(&at(from, 0).into()).unwrap();
-    TcpSocket::from_std_stream(socket.into())
+    socket.bind(&from.into()).unwrap();
+    socket
+}
+
+async fn connect(from: SocketAddr, mark: u32, to: SocketAddr) -> io::Result<TcpStream> {
+    let socket = bound(from);
+    socket.set_mark(mark).unwrap();
+    TcpSocket::from_std_stream(socket.into()).connect(to).await
 }
 
 /// A pod's connection, as its node redirects it.
-pub(crate) async fn dial(from: &str, to: SocketAddr) -> io::Result<TcpStream> {
-    bound(from, FROM_POD).connect(to).await
+pub(crate) async fn dial(from: impl Into<IpAddr>, to: SocketAddr) -> io::Result<TcpStream> {
+    dial_from(at(from, 0), to).await
+}
+
+/// The same, from this very port.
+pub(crate) async fn dial_from(from: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
+    connect(from, FROM_POD, to).await
 }
 
 /// A connection from outside the mesh to a pod, as the pod's node redirects it.
-pub(crate) async fn dial_plainly(from: &str, to: SocketAddr) -> io::Result<TcpStream> {
-    bound(from, TO_POD).connect(to).await
+pub(crate) async fn dial_plainly(from: impl Into<IpAddr>, to: SocketAddr) -> io::Result<TcpStream> {
+    connect(at(from, 0), TO_POD, to).await
 }
 
 /// A connection that nothing redirects.
-pub(crate) async fn dial_directly(from: &str, to: SocketAddr) -> io::Result<TcpStream> {
-    bound(from, 0).connect(to).await
+pub(crate) async fn dial_directly(
+    from: impl Into<IpAddr>,
+    to: SocketAddr,
+) -> io::Result<TcpStream> {
+    connect(at(from, 0), 0, to).await
 }
 
 /// Says to every client who it is, then echoes.
-pub(crate) async fn serve_echo(ip: &str, port: u16) -> JoinHandle<()> {
-    let listener = TcpListener::bind(at(ip, port)).await.unwrap();
+pub(crate) async fn serve_echo(ip: impl Into<IpAddr>, port: u16) -> JoinHandle<()> {
+    let socket = bound(at(ip, port));
+    socket.listen(128).unwrap();
+    let listener = TcpListener::from_std(socket.into()).unwrap();
     tokio::spawn(async move {
         loop {
             let (mut stream, peer) = listener.accept().await.unwrap();

@@ -1,17 +1,26 @@
 //! Real connections through two proxies.
 
 use std::io::ErrorKind;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use crate::bed::log::Log;
 use crate::bed::*;
 use hbone::directory::Workload;
 use hbone::policy::{Match, Policy, PolicyAction, Text};
-use prometheus_client::encoding::text;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-fn greeting(ip: &str, text: &str) -> String {
-    format!("{ip}\n{text}")
+fn greeting(ip: impl Into<IpAddr>, text: &str) -> String {
+    format!("{}\n{text}", ip.into())
+}
+
+/// Takes the greeting that an echo server begins with.
+async fn greeted(stream: &mut TcpStream, ip: impl Into<IpAddr>) {
+    let expected = greeting(ip, "");
+    let mut begun = vec![0; expected.len()];
+    stream.read_exact(&mut begun).await.unwrap();
+    assert_eq!(begun, expected.as_bytes());
 }
 
 /// A connection of the client to the server, with both ends in hand.
@@ -20,7 +29,7 @@ async fn pair() -> (Mesh, TcpStream, TcpStream) {
     let listener = TcpListener::bind(at(SERVER, 8080)).await.unwrap();
     let client = dial(CLIENT, at(VIP, 80)).await.unwrap();
     let (server, peer) = listener.accept().await.unwrap();
-    assert_eq!(peer.ip(), ip(CLIENT));
+    assert_eq!(peer.ip(), IpAddr::from(CLIENT));
     (mesh, client, server)
 }
 
@@ -38,12 +47,7 @@ fn a_service_is_reached_through_a_tunnel_and_sees_the_client() {
             1,
             "the second reused the tunnel of the first"
         );
-        let mut metrics = String::new();
-        text::encode(&mut metrics, &mesh.far.registry).unwrap();
-        let opened = metrics
-            .lines()
-            .find(|line| line.starts_with("istio_tcp_connections_opened"));
-        let opened = opened.unwrap();
+        let opened = mesh.far.metric("istio_tcp_connections_opened_total");
         assert!(
             opened.contains("source_principal=\"spiffe://td/ns/shop/sa/client\""),
             "{opened}"
@@ -380,8 +384,7 @@ fn the_hundred_and_first_stream_opens_a_second_tunnel() {
         let mut open = Vec::new();
         for _ in 0..150 {
             let mut stream = dial(CLIENT, at(VIP, 80)).await.unwrap();
-            let mut greeted = [0; CLIENT.len() + 1];
-            stream.read_exact(&mut greeted).await.unwrap();
+            greeted(&mut stream, CLIENT).await;
             open.push(stream);
         }
         assert_eq!(mesh.near.shared.tunnels(), 2);
@@ -394,8 +397,7 @@ fn tunnels_go_with_their_workloads() {
         let mesh = Mesh::new().await;
         serve_echo(SERVER, 8080).await;
         let mut open = dial(CLIENT, at(VIP, 80)).await.unwrap();
-        let mut greeted = [0; CLIENT.len() + 1];
-        open.read_exact(&mut greeted).await.unwrap();
+        greeted(&mut open, CLIENT).await;
         mesh.near
             .change(|directory| directory.remove_workload("server"));
         assert_eq!(mesh.near.shared.tunnels(), 0);
@@ -418,8 +420,7 @@ fn a_proxy_that_ends_lets_its_connections_finish() {
         let mesh = Mesh::new().await;
         serve_echo(SERVER, 8080).await;
         let mut open = dial(CLIENT, at(VIP, 80)).await.unwrap();
-        let mut greeted = [0; CLIENT.len() + 1];
-        open.read_exact(&mut greeted).await.unwrap();
+        greeted(&mut open, CLIENT).await;
         let ending = mesh.far.server;
         let drain = tokio::spawn(async move { ending.drain(Duration::from_secs(20)).await });
         // The successor takes over the ports.
@@ -431,5 +432,53 @@ fn a_proxy_that_ends_lets_its_connections_finish() {
         assert!(!drain.is_finished(), "one connection is still open");
         assert_eq!(talk(open, "old").await.unwrap(), "old");
         assert_eq!(drain.await.unwrap(), 0, "nothing was cut");
+    });
+}
+
+#[test]
+fn each_family_is_kept_from_end_to_end() {
+    in_dual_stack_namespace(async || {
+        let (log, _guard) = Log::start();
+        let mesh = Mesh::new().await;
+        let hosts = [CLIENT, SERVER, NEIGHBOUR, OUTSIDE, VIP];
+        for [client, server, neighbour, outside, vip] in [
+            hosts.map(|host| IpAddr::from(host.v4)),
+            hosts.map(|host| IpAddr::from(host.v6)),
+        ] {
+            for ip in [server, neighbour, outside] {
+                serve_echo(ip, 8080).await;
+                let stream = dial(client, at(ip, 8080)).await.unwrap();
+                assert_eq!(talk(stream, "x").await.unwrap(), greeting(client, "x"));
+            }
+            let stream = dial(client, at(vip, 80)).await.unwrap();
+            assert_eq!(talk(stream, "x").await.unwrap(), greeting(client, "x"));
+            let stream = dial_plainly(outside, at(server, 8080)).await.unwrap();
+            assert_eq!(talk(stream, "x").await.unwrap(), greeting(outside, "x"));
+        }
+        assert_eq!(mesh.near.shared.tunnels(), 2, "one for each family");
+        // The log of a connection may come after its end.
+        while mesh.near.shared.connections() + mesh.far.shared.connections() > 0 {
+            tokio::task::yield_now().await;
+        }
+        let log = log.take();
+        assert!(log.contains("src.addr=10.1.0.1:") && log.contains("src.addr=[fd00:1::1]:"));
+        assert!(log.contains("dst.addr=[fd00:2::1]:8080"), "{log}");
+        assert!(!log.contains("::ffff:"), "{log}");
+    });
+}
+
+#[test]
+fn a_source_port_serves_many_destinations_at_a_time() {
+    in_namespace(async || {
+        let _mesh = Mesh::new().await;
+        std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40000 40000").unwrap();
+        let mut open = Vec::new();
+        for port in [441, 442, 443] {
+            serve_echo(OUTSIDE, port).await;
+            let from = at(CLIENT, 30_000 + port);
+            let mut stream = dial_from(from, at(OUTSIDE, port)).await.unwrap();
+            greeted(&mut stream, CLIENT).await;
+            open.push(stream);
+        }
     });
 }

@@ -1,48 +1,19 @@
 //! What the inbound listener refuses, with which code, and what its log says.
 
-use std::sync::{Arc, Mutex};
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use crate::bed::authority::{Authority, handshake, http2};
+use crate::bed::log::Log;
 use crate::bed::*;
 use bytes::Bytes;
 use h2::client::SendRequest;
 use hbone::policy::{Match, Policy, PolicyAction, Text};
 use http::{Method, Request, StatusCode};
+use socket2::{Domain, Socket, Type};
 use tokio::io::AsyncReadExt;
-use tracing::subscriber::DefaultGuard;
 
 const CLIENT_ID: &str = "spiffe://td/ns/shop/sa/client";
-
-/// What was logged by this thread.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Log {
-    fn start() -> (Self, DefaultGuard) {
-        let log = Self::default();
-        let writer = log.clone();
-        let subscriber = tracing_subscriber::fmt()
-            .with_ansi(false)
-            .with_writer(move || writer.clone())
-            .finish();
-        (log, tracing::subscriber::set_default(subscriber))
-    }
-
-    fn take(&self) -> String {
-        String::from_utf8(std::mem::take(&mut self.0.lock().unwrap())).unwrap()
-    }
-}
-
-impl std::io::Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
 
 /// Tries to get in with a certificate; gives what the proxy's log says.
 async fn refused_handshake(log: &Log, certificate: Option<(&Authority, &[&str])>) -> String {
@@ -111,7 +82,11 @@ fn a_client_that_expected_somebody_else_says_so_in_its_log() {
 }
 
 async fn get_in(mesh: &Mesh) -> SendRequest<Bytes> {
-    let stream = dial_directly(CLIENT, at(SERVER, 15008)).await.unwrap();
+    get_in_from(mesh, CLIENT.into(), at(SERVER, 15008)).await
+}
+
+async fn get_in_from(mesh: &Mesh, client: IpAddr, proxy: SocketAddr) -> SendRequest<Bytes> {
+    let stream = dial_directly(client, proxy).await.unwrap();
     let certificate = mesh.authority.issue(&[CLIENT_ID]);
     http2(handshake(stream, Some(certificate)).await.unwrap())
         .await
@@ -137,18 +112,19 @@ fn requests_get_the_codes_of_the_field_and_the_log_says_why() {
             (status.as_u16(), log.take())
         };
 
-        assert_eq!(connect(proxy, "10.2.0.1:8080").await.0, 200);
+        let server = |port| at(SERVER, port).to_string();
+        assert_eq!(connect(proxy, &server(8080)).await.0, 200);
         for (authority, status, why) in [
             (
-                "10.1.0.2:8080",
+                &*at(NEIGHBOUR, 8080).to_string(),
                 400,
-                "is not the address of the destination pod",
+                "is not an address of the destination pod",
             ),
             ("web.shop:80", 400, "is no address and port"),
-            ("10.2.0.1:9", 503, "Connection refused"),
-            ("10.2.0.1:15001", 503, "port 15001 is the proxy's own"),
-            ("10.2.0.1:15006", 503, "port 15006 is the proxy's own"),
-            ("10.2.0.1:15008", 503, "port 15008 is the proxy's own"),
+            (&server(9), 503, "Connection refused"),
+            (&server(15001), 503, "port 15001 is the proxy's own"),
+            (&server(15006), 503, "port 15006 is the proxy's own"),
+            (&server(15008), 503, "port 15008 is the proxy's own"),
         ] {
             let (got, said) = connect(proxy, authority).await;
             assert_eq!(got, status, "{authority}");
@@ -158,7 +134,8 @@ fn requests_get_the_codes_of_the_field_and_the_log_says_why() {
                 "{said}"
             );
         }
-        let get = ask(proxy, Method::GET, "https://10.2.0.1:8080/").await;
+        let page = format!("https://{}/", server(8080));
+        let get = ask(proxy, Method::GET, &page).await;
         assert_eq!(get, StatusCode::BAD_REQUEST);
 
         let deny = Policy {
@@ -171,7 +148,7 @@ fn requests_get_the_codes_of_the_field_and_the_log_says_why() {
         };
         mesh.far
             .change(|directory| directory.put_policy("shop/deny".into(), deny));
-        let (denied, said) = connect(proxy, "10.2.0.1:8080").await;
+        let (denied, said) = connect(proxy, &server(8080)).await;
         assert_eq!(denied, 401);
         assert!(said.contains("denied by policy shop/deny"), "{said}");
         mesh.far
@@ -180,7 +157,7 @@ fn requests_get_the_codes_of_the_field_and_the_log_says_why() {
         mesh.far
             .set_pods(&mesh.authority, [pod("other", SERVER)])
             .await;
-        let (gone, said) = connect(proxy, "10.2.0.1:8080").await;
+        let (gone, said) = connect(proxy, &server(8080)).await;
         assert_eq!(gone, 503, "the address is another pod's now");
         assert!(said.contains("no longer in the mesh"), "{said}");
     });
@@ -192,7 +169,9 @@ fn an_accepted_request_says_who_is_there() {
         let mesh = Mesh::new().await;
         serve_echo(SERVER, 8080).await;
         let mut proxy = get_in(&mesh).await;
-        let request = Request::connect("10.2.0.1:8080").body(()).unwrap();
+        let request = Request::connect(at(SERVER, 8080).to_string())
+            .body(())
+            .unwrap();
         let (answer, _send) = proxy.send_request(request, false).unwrap();
         let answer = answer.await.unwrap();
         let baggage = answer.headers()["baggage"].to_str().unwrap();
@@ -201,7 +180,7 @@ fn an_accepted_request_says_who_is_there() {
             "{baggage}"
         );
         let greeting = answer.into_body().data().await.unwrap().unwrap();
-        assert_eq!(&*greeting, b"10.1.0.1\n");
+        assert_eq!(greeting, format!("{CLIENT}\n"));
     });
 }
 
@@ -219,5 +198,95 @@ fn a_pod_that_is_not_in_the_mesh_is_not_served() {
             log.contains("no pod of this node that is in the mesh has this address"),
             "{log}"
         );
+    });
+}
+
+#[test]
+fn a_pod_of_both_families_is_named_by_either_but_called_by_one() {
+    in_dual_stack_namespace(async || {
+        let (log, _guard) = Log::start();
+        let mesh = Mesh::new().await;
+        serve_echo(SERVER.v4, 8080).await;
+        serve_echo(SERVER.v6, 8080).await;
+        let [v4, v6] = [at(SERVER.v4, 8080), at(SERVER.v6, 8080)];
+        let mapped = at(SERVER.v4.to_ipv6_mapped(), 8080);
+        let other = "one is IPv4, the other IPv6";
+        for (client, proxy, authority, status, why) in [
+            (IpAddr::from(CLIENT.v4), at(SERVER.v4, 15008), v4, 200, ""),
+            (CLIENT.v4.into(), at(SERVER.v4, 15008), v6, 400, other),
+            (CLIENT.v6.into(), at(SERVER.v6, 15008), v6, 200, ""),
+            (CLIENT.v6.into(), at(SERVER.v6, 15008), v4, 400, other),
+            (
+                CLIENT.v4.into(),
+                at(SERVER.v4, 15008),
+                mapped,
+                400,
+                "is no address and port",
+            ),
+            (
+                CLIENT.v6.into(),
+                at(SERVER.v6, 15008),
+                at(NEIGHBOUR.v6, 8080),
+                400,
+                "is not an address of the destination pod",
+            ),
+        ] {
+            let mut inside = get_in_from(&mesh, client, proxy).await;
+            log.take();
+            let got = ask(&mut inside, Method::CONNECT, &authority.to_string()).await;
+            let said = log.take();
+            assert_eq!(got.as_u16(), status, "{proxy} {authority}");
+            assert!(said.contains(why), "{proxy} {authority}: {said}");
+        }
+    });
+}
+
+#[test]
+fn an_endpoint_of_the_other_family_only_is_refused_at_once_and_counted() {
+    in_dual_stack_namespace(async || {
+        let (log, _guard) = Log::start();
+        let mesh = Mesh::new().await;
+        serve_echo(SERVER.v4, 8080).await;
+        let only_v4 = hbone::directory::Workload {
+            addresses: vec![SERVER.v4.into()],
+            ..endpoint("server", SERVER)
+        };
+        mesh.near
+            .change(|directory| directory.put_workload(only_v4));
+        log.take();
+        let refused = refusal(dial(CLIENT.v6, at(VIP.v6, 80)).await).await;
+        assert_eq!(refused, ErrorKind::ConnectionReset);
+        let said = log.take();
+        assert!(said.contains("none with an IPv6 address"), "{said}");
+        assert!(said.contains("src.addr=[fd00:1::1]:"), "{said}");
+        let counted = mesh.near.metric("istio_tcp_connections_failed_total");
+        assert!(
+            counted.contains("response_flags=\"ADDRESS_FAMILY\""),
+            "{counted}"
+        );
+        let stream = dial(CLIENT.v4, at(VIP.v4, 80)).await.unwrap();
+        assert!(talk(stream, "x").await.unwrap().ends_with("\nx"));
+    });
+}
+
+#[test]
+fn a_port_that_is_taken_in_one_family_is_not_listened_on_in_the_other() {
+    in_dual_stack_namespace(async || {
+        let mesh = Mesh::new().await;
+        mesh.near.listen(&[]);
+        tokio::task::yield_now().await;
+        let taken = Socket::new(Domain::IPV6, Type::STREAM, None).unwrap();
+        taken.set_only_v6(true).unwrap();
+        taken
+            .bind(&"[::]:15001".parse::<SocketAddr>().unwrap().into())
+            .unwrap();
+        taken.listen(1).unwrap();
+        let results = mesh.near.server.listen(&NEAR.into());
+        let error = results[&NEAR[0]].as_ref().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::AddrInUse);
+        let v4 = dial_directly(OUTSIDE.v4, at(Ipv4Addr::LOCALHOST, 15001)).await;
+        assert_eq!(v4.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        drop(taken);
+        mesh.near.listen(&NEAR);
     });
 }
