@@ -27,12 +27,22 @@ pub(crate) struct Args {
     /// Domain of the Services' DNS names
     #[arg(long, env = "CLUSTER_DOMAIN", default_value = "cluster.local")]
     pub(crate) cluster_domain: String,
-    /// Where discovery and certificates are served
-    #[arg(long, env = "LISTEN", default_value = "0.0.0.0:15012")]
-    pub(crate) listen: SocketAddr,
-    /// Where /healthz, /readyz and /metrics are served
-    #[arg(long, env = "HEALTH_LISTEN", default_value = "0.0.0.0:15014")]
-    pub(crate) health_listen: SocketAddr,
+    /// Where discovery and certificates are served: the first of these that can be listened on
+    #[arg(
+        long,
+        env = "LISTEN",
+        value_delimiter = ',',
+        default_value = "[::]:15012,0.0.0.0:15012"
+    )]
+    pub(crate) listen: Vec<SocketAddr>,
+    /// Where /healthz, /readyz and /metrics are served: the first of these that can be listened on
+    #[arg(
+        long,
+        env = "HEALTH_LISTEN",
+        value_delimiter = ',',
+        default_value = "[::]:15014,0.0.0.0:15014"
+    )]
+    pub(crate) health_listen: Vec<SocketAddr>,
     /// How long a workload's certificate holds, such as 24h or 90m
     #[arg(long, env = "CERTIFICATE_TTL", default_value = "24h", value_parser = duration)]
     pub(crate) certificate_ttl: Duration,
@@ -145,6 +155,15 @@ mod tests {
         );
         assert!(parse(&["--certificate-ttl", "5s"]).is_err());
         assert!(parse(&["--certificate-ttl", "soon"]).is_err());
+    }
+
+    #[test]
+    fn both_families_are_served_where_there_are_both() {
+        let args = parse(&[]).unwrap();
+        let any = ["[::]:15012", "0.0.0.0:15012"].map(|any| any.parse().unwrap());
+        assert_eq!(args.listen, any);
+        let one = parse(&["--health-listen", "[fd00::1]:1"]).unwrap();
+        assert_eq!(one.health_listen, ["[fd00::1]:1".parse().unwrap()]);
     }
 
     #[test]

@@ -88,6 +88,16 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_of_both_families_is_written_with_both_addresses() {
+        let mut both = pod("a", "10.0.0.1");
+        both.ips.push(crate::testing::ip("fd00::1"));
+        let cluster = Cluster::with([set_pod(both), set_pod(pod("b", "fd00::2"))]);
+        let state = node_state(&cluster.snapshot, &rules(), &n("n1"));
+        let ips: Vec<_> = state.workloads.iter().map(|one| &*one.ips).collect();
+        assert_eq!(ips, [&["10.0.0.1", "fd00::1"][..], &["fd00::2"][..]]);
+    }
+
+    #[test]
     fn ended_pods_are_the_first_to_be_left_out_of_a_long_list() {
         let ended = (0..MAX_EXCLUDED).map(|i| {
             let mut pod = pod(&format!("job-{i:03}"), "");

@@ -101,7 +101,7 @@ impl Parts {
     }
 
     async fn start_health(&mut self, published: Published, serving: Serving) -> Result<()> {
-        let listener = bind(self.args.health_listen).await?;
+        let listener = bind(&self.args.health_listen).await?;
         let health = Health {
             problems: self.problems.clone(),
             published,
@@ -183,7 +183,7 @@ impl Parts {
     }
 
     async fn start_server(&mut self, published: Published, ca: CurrentCa) -> Result<()> {
-        let listener = bind(self.args.listen).await?;
+        let listener = bind(&self.args.listen).await?;
         let first = ca.borrow().clone();
         let (certificate, renew_at) =
             ServingCertificate::new(&first, self.args.server_names(), self.args.certificate_ttl)
@@ -276,10 +276,11 @@ impl Parts {
     }
 }
 
-async fn bind(address: SocketAddr) -> Result<TcpListener> {
-    let listener = TcpListener::bind(address)
+async fn bind(addresses: &[SocketAddr]) -> Result<TcpListener> {
+    let listener = TcpListener::bind(addresses)
         .await
-        .with_context(|| format!("cannot listen on {address}"))?;
+        .with_context(|| format!("cannot listen on any of {addresses:?}"))?;
+    let address = listener.local_addr()?;
     tracing::info!(%address, "listening");
     Ok(listener)
 }

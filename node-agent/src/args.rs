@@ -40,9 +40,14 @@ pub(crate) struct AgentArguments {
     /// Service account of the proxy's pods.
     #[arg(long, env = "PROXY_SERVICE_ACCOUNT", default_value = "ambit-proxy")]
     pub(crate) proxy_service_account: String,
-    /// Address of /healthz, /readyz and /metrics.
-    #[arg(long, env = "HEALTH_LISTEN", default_value = "0.0.0.0:15022")]
-    pub(crate) health_listen: SocketAddr,
+    /// Where /healthz, /readyz and /metrics are served: the first of these that can be listened on.
+    #[arg(
+        long,
+        env = "HEALTH_LISTEN",
+        value_delimiter = ',',
+        default_value = "[::]:15022,0.0.0.0:15022"
+    )]
+    pub(crate) health_listen: Vec<SocketAddr>,
 }
 
 #[cfg(test)]

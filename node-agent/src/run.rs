@@ -82,11 +82,11 @@ async fn serve(arguments: AgentArguments) -> Result<()> {
 /// Starts every part.
 async fn start(arguments: AgentArguments, client: Client) -> Result<JoinSet<&'static str>> {
     let metrics = Arc::new(Metrics::new());
-    let listener = TcpListener::bind(arguments.health_listen)
+    let listener = TcpListener::bind(&arguments.health_listen[..])
         .await
         .with_context(|| {
             format!(
-                "listen on {} for health and metrics",
+                "listen on any of {:?} for health and metrics",
                 arguments.health_listen
             )
         })?;

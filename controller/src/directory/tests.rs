@@ -7,10 +7,10 @@ use super::*;
 use crate::desired::node_state;
 use crate::names::{PodKey, SliceKey};
 use crate::snapshot::objects::Pod;
-use crate::snapshot::services::{Endpoint, Preference};
+use crate::snapshot::services::{Endpoint, EndpointSlice, Preference};
 use crate::snapshot::{Change, Update};
 use crate::testing::{
-    Cluster, endpoint, facts, n, namespace, node, pod, pod_endpoint, rules, service, set_pod,
+    Cluster, endpoint, facts, ip, n, namespace, node, pod, pod_endpoint, rules, service, set_pod,
     set_service, set_slice, slice,
 };
 
@@ -129,6 +129,67 @@ fn an_endpoint_without_a_pod_is_a_workload_until_a_pod_has_its_address() {
     assert!(content(&cluster, name).is_some());
 }
 
+/// The same endpoints by their addresses of IPv6, as the second slice of a service of both families.
+fn second_slice(service: &str, endpoints: Vec<Endpoint>) -> EndpointSlice {
+    EndpointSlice {
+        key: SliceKey::new("shop", &format!("{service}-2")),
+        ..slice(service, endpoints)
+    }
+}
+
+#[test]
+fn a_pod_in_slices_of_both_families_is_one_workload_that_serves_once() {
+    let mut both = pod("a", "10.0.0.1");
+    both.ips.push(ip("fd00::1"));
+    let mut web = service("web", "10.96.0.1");
+    web.addresses.push(ip("fd00:96::1"));
+    let mut cluster = Cluster::with([
+        set_pod(both),
+        set_service(web),
+        set_slice(slice("web", vec![pod_endpoint("a", "10.0.0.1")])),
+        set_slice(second_slice("web", vec![pod_endpoint("a", "fd00::1")])),
+    ]);
+    let expected = [vec![10, 0, 0, 1], ip_octets("fd00::1")];
+    assert_eq!(workload(&cluster, "uid-a").addresses, expected);
+    for (alias, name) in [
+        ("/10.0.0.1", "uid-a"),
+        ("/fd00::1", "uid-a"),
+        ("/10.96.0.1", WEB),
+        ("/fd00:96::1", WEB),
+    ] {
+        let found = cluster.directory.find(alias);
+        assert_eq!(found.len(), 1, "{alias}");
+        assert_eq!(found[0].name, name.into(), "{alias}");
+    }
+    assert_eq!(cluster.directory.members(&WEB.into()).count(), 1);
+    assert_eq!(workload(&cluster, "uid-a").services[WEB].ports.len(), 1);
+    cluster.apply(Update::Slice(Change::Remove(SliceKey::new(
+        "shop", "web-1",
+    ))));
+    assert!(workload(&cluster, "uid-a").services.contains_key(WEB));
+    cluster.apply(Update::Slice(Change::Remove(SliceKey::new(
+        "shop", "web-2",
+    ))));
+    assert!(workload(&cluster, "uid-a").services.is_empty());
+}
+
+#[test]
+fn endpoints_without_a_pod_are_workloads_in_each_family() {
+    let cluster = Cluster::with([
+        set_service(service("web", "10.96.0.1")),
+        set_slice(slice("web", vec![endpoint("10.0.0.7")])),
+        set_slice(second_slice("web", vec![endpoint("fd00::7")])),
+    ]);
+    let v6 = workload(&cluster, "c1/EndpointSlice/shop/web-2/fd00::7");
+    assert_eq!(v6.addresses, [ip_octets("fd00::7")]);
+    assert_eq!(cluster.directory.find("/fd00::7").len(), 1);
+    assert_eq!(cluster.directory.members(&WEB.into()).count(), 2);
+}
+
+fn ip_octets(text: &str) -> Vec<u8> {
+    super::workload::octets(&ip(text)).to_vec()
+}
+
 #[test]
 fn a_service_says_whom_its_clients_prefer() {
     use protocol::workload::load_balancing::{HealthPolicy, Mode, Scope};
@@ -191,6 +252,12 @@ fn any_pod() -> impl Strategy<Value = Pod> {
                 pod.key = PodKey::new("plain", &pod.key.name);
             }
             pod.uid = format!("{}-{in_shop}", pod.uid).into();
+            // Of the one family, of both, or of the other.
+            match generation % 3 {
+                0 => {}
+                1 => pod.ips.push(ip(&format!("fd00::{address}"))),
+                _ => pod.ips = vec![ip(&format!("fd00::{address}"))],
+            }
             pod.node = Some(n(["n1", "n2"][usize::from(place)]));
             (pod.ready, pod.terminal, pod.host_network) = (ready, terminal, host_network);
             pod
@@ -199,8 +266,9 @@ fn any_pod() -> impl Strategy<Value = Pod> {
 }
 
 fn any_endpoint() -> impl Strategy<Value = Endpoint> {
-    (0..4u8, 0..3u8, any::<bool>(), any::<bool>()).prop_map(|(pod, address, named, ready)| {
-        let address = format!("10.0.0.{address}");
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>());
+    (0..4u8, 0..3u8, flags).prop_map(|(pod, address, (named, ready, v6))| {
+        let address = format!("{}{address}", if v6 { "fd00::" } else { "10.0.0." });
         let mut endpoint = if named {
             pod_endpoint(&format!("p{pod}"), &address)
         } else {
@@ -246,10 +314,14 @@ fn any_update() -> impl Strategy<Value = Update> {
         1 => name.clone().prop_map(|name| Update::Service(Change::Remove(
             crate::names::ServiceKey::new("shop", name)
         ))),
-        3 => (name.clone(), prop::collection::vec(any_endpoint(), 0..4))
-            .prop_map(|(name, endpoints)| set_slice(slice(name, endpoints))),
-        1 => name.prop_map(|name| Update::Slice(Change::Remove(
-            SliceKey::new("shop", &format!("{name}-1"))
+        3 => (name.clone(), prop::collection::vec(any_endpoint(), 0..4), any::<bool>())
+            .prop_map(|(name, endpoints, second)| set_slice(if second {
+                second_slice(name, endpoints)
+            } else {
+                slice(name, endpoints)
+            })),
+        1 => (name, 1..3).prop_map(|(name, number)| Update::Slice(Change::Remove(
+            SliceKey::new("shop", &format!("{name}-{number}"))
         ))),
     ]
 }
@@ -300,8 +372,9 @@ proptest! {
         updates in prop::collection::vec(any_update(), 1..40)
     ) {
         let cluster = Cluster::with(updates);
-        for last in 0..3 {
-            let found = cluster.directory.find(&format!("/10.0.0.{last}"));
+        let addresses = (0..3).flat_map(|last| [format!("10.0.0.{last}"), format!("fd00::{last}")]);
+        for address in addresses {
+            let found = cluster.directory.find(&format!("/{address}"));
             let pods = found
                 .iter()
                 .filter(|resource| resource.name.as_str().starts_with("uid-"))

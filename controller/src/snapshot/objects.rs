@@ -160,11 +160,18 @@ fn pod_ips(status: &core::PodStatus) -> Vec<IpAddr> {
         .flatten()
         .map(|entry| entry.ip.as_str())
         .chain(status.pod_ip.as_deref())
-        .filter_map(|ip| ip.parse().ok())
+        .filter_map(address)
         .collect();
     ips.sort_unstable();
     ips.dedup();
     ips
+}
+
+/// An IPv4-mapped address is the IPv4 address that it stands for.
+pub(super) fn address(text: &str) -> Option<IpAddr> {
+    text.parse()
+        .ok()
+        .map(|address: IpAddr| address.to_canonical())
 }
 
 fn is_ready(status: &core::PodStatus) -> bool {

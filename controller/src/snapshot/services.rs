@@ -8,7 +8,7 @@ use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use protocol::workload::{AppProtocol, IpFamilies};
 
-use super::objects::label;
+use super::objects::{address, label};
 use crate::names::{NodeName, PodKey, PodUid, ServiceKey, SliceKey};
 
 /// Label of an EndpointSlice that names its Service.
@@ -89,7 +89,7 @@ impl Service {
             .cluster_ips
             .iter()
             .flatten()
-            .filter_map(|ip| ip.parse().ok())
+            .filter_map(|ip| address(ip))
             .collect();
         Some(Self {
             key: ServiceKey::new(
@@ -207,7 +207,7 @@ impl Endpoint {
             addresses: endpoint
                 .addresses
                 .iter()
-                .filter_map(|ip| ip.parse().ok())
+                .filter_map(|ip| address(ip))
                 .collect(),
             pod: target
                 .filter(|target| target.kind.as_deref() == Some("Pod"))
@@ -267,7 +267,7 @@ mod tests {
     #[test]
     fn only_tcp_ports_matter_and_named_targets_are_open() {
         let service = service(json!({
-            "clusterIPs": ["10.96.0.1", "fd00::1"],
+            "clusterIPs": ["::ffff:10.96.0.1", "fd00::1"],
             "ipFamilies": ["IPv4", "IPv6"],
             "ports": [
                 {"name": "http", "port": 80, "targetPort": "web"},
@@ -291,7 +291,8 @@ mod tests {
             ]
         );
         assert_eq!(service.families, IpFamilies::Dual);
-        assert_eq!(service.addresses.len(), 2);
+        let addresses = ["10.96.0.1", "fd00::1"].map(|ip| ip.parse::<IpAddr>().unwrap());
+        assert_eq!(service.addresses, addresses);
     }
 
     #[test]
@@ -335,6 +336,20 @@ mod tests {
         assert!(!pod.ready);
         assert!(other.pod.is_none() && other.ready);
         assert_eq!(other.zone.as_deref(), Some("z1"));
+    }
+
+    #[test]
+    fn a_slice_of_ipv6_is_read() {
+        let slice = slice(|object| {
+            object["addressType"] = json!("IPv6");
+            object["endpoints"][0]["addresses"] = json!(["fd00::1"]);
+        });
+        let first = &slice.unwrap().endpoints[0];
+        assert_eq!(first.addresses, ["fd00::1".parse::<IpAddr>().unwrap()]);
+        assert_eq!(
+            first.pod.as_ref().unwrap().key,
+            PodKey::new("shop", "web-1")
+        );
     }
 
     #[test]

@@ -60,12 +60,22 @@ pub(crate) struct Args {
     /// Where /config_dump is served.
     #[arg(long, env = "ADMIN", default_value = "127.0.0.1:15000")]
     pub(crate) admin: SocketAddr,
-    /// Where /metrics is served.
-    #[arg(long, env = "METRICS", default_value = "0.0.0.0:15020")]
-    pub(crate) metrics: SocketAddr,
-    /// Where /healthz/ready is served.
-    #[arg(long, env = "READINESS", default_value = "0.0.0.0:15021")]
-    pub(crate) readiness: SocketAddr,
+    /// Where /metrics is served: the first of these that can be listened on.
+    #[arg(
+        long,
+        env = "METRICS",
+        value_delimiter = ',',
+        default_value = "[::]:15020,0.0.0.0:15020"
+    )]
+    pub(crate) metrics: Vec<SocketAddr>,
+    /// Where /healthz/ready is served: the first of these that can be listened on.
+    #[arg(
+        long,
+        env = "READINESS",
+        value_delimiter = ',',
+        default_value = "[::]:15021,0.0.0.0:15021"
+    )]
+    pub(crate) readiness: Vec<SocketAddr>,
     /// How long open connections may go on after SIGTERM.
     #[arg(long, env = "DRAIN_SECONDS", default_value = "30", value_parser = seconds)]
     pub(crate) drain_seconds: Duration,

@@ -57,15 +57,15 @@ async fn serve(args: Args, levels: Levels) -> anyhow::Result<()> {
         status: status.clone(),
     }));
 
-    listen("metrics", args.metrics, health::metrics(registry)).await?;
+    listen("metrics", &args.metrics, health::metrics(registry)).await?;
     listen(
         "readiness",
-        args.readiness,
+        &args.readiness,
         health::readiness(status.clone()),
     )
     .await?;
     let admin = admin::router(shared.clone(), &args.node_name, levels);
-    listen("admin", args.admin, admin).await?;
+    listen("admin", &[args.admin], admin).await?;
 
     tokio::spawn(keep_tidy(shared.clone(), args.pod_ip));
     let control_plane = control_plane(&args);
@@ -80,9 +80,13 @@ async fn serve(args: Args, levels: Levels) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn listen(what: &'static str, address: SocketAddr, router: Router) -> anyhow::Result<()> {
-    let listener = TcpListener::bind(address).await;
-    let listener = listener.with_context(|| format!("listen on {address} ({what})"))?;
+async fn listen(
+    what: &'static str,
+    addresses: &[SocketAddr],
+    router: Router,
+) -> anyhow::Result<()> {
+    let listener = TcpListener::bind(addresses).await;
+    let listener = listener.with_context(|| format!("listen on any of {addresses:?} ({what})"))?;
     tokio::spawn(async move {
         if let Err(error) = axum::serve(listener, router).await {
             tracing::error!(%error, "serving {what} ended");

@@ -63,10 +63,7 @@ fn parse_workload(
     if uid.is_empty() {
         return Err("it has no UID".to_owned());
     }
-    let addresses: Result<Vec<IpAddr>, String> = ips
-        .iter()
-        .map(|ip| ip.parse().map_err(|_| format!("{ip:?} is no address")))
-        .collect();
+    let addresses: Result<Vec<IpAddr>, String> = ips.iter().map(|ip| address(ip)).collect();
     let identity = SpiffeId::new(trust_domain, namespace, service_account);
     Ok(LocalWorkload {
         uid: uid.as_str().into(),
@@ -75,6 +72,13 @@ fn parse_workload(
         identity: identity.map_err(|error| error.to_string())?,
         addresses: addresses?,
     })
+}
+
+/// An IPv4-mapped address is the IPv4 address that it stands for.
+fn address(text: &str) -> Result<IpAddr, String> {
+    let address: Result<IpAddr, _> = text.parse();
+    let address = address.map_err(|_| format!("{text:?} is no address"))?;
+    Ok(address.to_canonical())
 }
 
 /// A listener of a kind that is not known is of a newer agent, and its port no port of ours.
@@ -129,6 +133,17 @@ pub(crate) mod tests {
         assert_eq!(pod.identity.to_string(), "spiffe://td/ns/shop/sa/web");
         assert!(parsed.local_by_tunnel);
         assert_eq!(parsed.generation, 7);
+    }
+
+    #[test]
+    fn a_pod_is_found_by_each_of_its_addresses() {
+        let mut both = workload("a", "::ffff:10.0.0.1");
+        both.ips.push("fd00::1".to_owned());
+        let parsed = parse(vec![both, workload("b", "fd00::2")]);
+        for (ip, uid) in [("10.0.0.1", "a"), ("fd00::1", "a"), ("fd00::2", "b")] {
+            let found = parsed.workloads.at(ip.parse().unwrap());
+            assert_eq!(found.map(|pod| &*pod.uid), Some(uid), "{ip}");
+        }
     }
 
     #[test]

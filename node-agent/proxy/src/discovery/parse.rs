@@ -1,7 +1,7 @@
 //! Workloads and services of the wire into those of the directory. Pure.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use hbone::directory::{Balancing, Locality, Scope, Service, Workload};
@@ -150,14 +150,14 @@ pub(super) fn port(number: u32) -> Result<u16, String> {
     }
 }
 
-/// Checks an address.
+/// Checks an address. An IPv4-mapped one is the IPv4 address that it stands for.
 pub(super) fn address(bytes: &[u8]) -> Result<IpAddr, String> {
     if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
         return Ok(Ipv4Addr::from(v4).into());
     }
     let v6 = <[u8; 16]>::try_from(bytes);
     let v6 = v6.map_err(|_| format!("{} bytes are no address", bytes.len()))?;
-    Ok(Ipv6Addr::from(v6).into())
+    Ok(IpAddr::from(v6).to_canonical())
 }
 
 fn balancing(message: LoadBalancing) -> Result<Balancing, String> {
@@ -232,6 +232,13 @@ mod tests {
         );
         let ports = &parsed.services["shop/web.shop.svc.cluster.local"];
         assert_eq!(*ports, BTreeMap::from([(80, 8080)]));
+    }
+
+    #[test]
+    fn an_ipv4_mapped_address_is_the_ipv4_address() {
+        let mapped = Ipv4Addr::new(10, 0, 0, 1).to_ipv6_mapped();
+        let read = address(&mapped.octets()).unwrap();
+        assert_eq!(read, IpAddr::from([10, 0, 0, 1]));
     }
 
     #[test]

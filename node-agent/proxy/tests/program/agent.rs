@@ -72,7 +72,7 @@ impl Agent {
         }
     }
 
-    /// Wants the usual listeners, and these workloads: UID, service account, address.
+    /// Wants the usual listeners, and these workloads: UID, service account, addresses.
     pub(crate) async fn configure(&mut self, generation: u64, workloads: &[(&str, &str, &str)]) {
         let listeners = [
             (ListenerKind::Outbound, 15001),
@@ -89,12 +89,12 @@ impl Agent {
                 .to_vec(),
             workloads: workloads
                 .iter()
-                .map(|(uid, account, ip)| Workload {
+                .map(|(uid, account, ips)| Workload {
                     uid: (*uid).to_owned(),
                     namespace: "shop".to_owned(),
                     name: (*uid).to_owned(),
                     service_account: (*account).to_owned(),
-                    ips: vec![(*ip).to_owned()],
+                    ips: ips.split(',').map(str::to_owned).collect(),
                 })
                 .collect(),
             ..Configure::default()

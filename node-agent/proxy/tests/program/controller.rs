@@ -222,11 +222,11 @@ pub(crate) fn resource(name: &str, type_url: &str, message: &impl Message) -> Re
     }
 }
 
-/// A pod of the mesh.
-pub(crate) fn workload(uid: &str, account: &str, ip: &str) -> Resource {
-    let address = match ip.parse().unwrap() {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
+/// A pod of the mesh; its addresses by commas.
+pub(crate) fn workload(uid: &str, account: &str, ips: &str) -> Resource {
+    let octets = |ip: &str| match ip.parse().unwrap() {
+        IpAddr::V4(ip) => ip.octets().to_vec().into(),
+        IpAddr::V6(ip) => ip.octets().to_vec().into(),
     };
     let workload = Workload {
         uid: uid.to_owned(),
@@ -234,7 +234,7 @@ pub(crate) fn workload(uid: &str, account: &str, ip: &str) -> Resource {
         namespace: "shop".to_owned(),
         service_account: account.to_owned(),
         tunnel_protocol: TunnelProtocol::Hbone.into(),
-        addresses: vec![address.into()],
+        addresses: ips.split(',').map(octets).collect(),
         ..Workload::default()
     };
     let address = Address {

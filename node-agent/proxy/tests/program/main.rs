@@ -110,6 +110,32 @@ fn it_becomes_ready_when_agent_and_controller_have_spoken() {
 }
 
 #[test]
+fn it_serves_both_families() {
+    in_namespace(async |program| {
+        let mut controller = Controller::start(program).await;
+        let mut agent = Agent::start(program).await;
+        agent.hello().await;
+        agent
+            .configure(1, &[(UID, "web", "10.1.0.1,fd00:1::1")])
+            .await;
+        let both = workload(UID, "web", "10.1.0.1,fd00:1::1");
+        controller.accept(&[(ADDRESS_TYPE, vec![both])]).await;
+        let report = agent.report().await;
+        assert!(report.listeners.iter().all(|one| one.error.is_empty()));
+        for ip in ["127.0.0.1", "::1"] {
+            for port in [15001, 15006, 15008, 15020, 15021] {
+                assert!(program.listens_at(ip, port).await, "{ip} {port}");
+            }
+        }
+        assert!(!program.listens_at("::1", 15000).await, "admin is local");
+        let dump = program.get_json(15000, "/config_dump").await;
+        let ips = serde_json::json!(["10.1.0.1", "fd00:1::1"]);
+        assert_eq!(dump["localWorkloads"][0]["ips"], ips);
+        assert_eq!(dump["workloads"][0]["workloadIps"], ips);
+    });
+}
+
+#[test]
 fn a_bad_resource_is_refused_by_name_and_the_rest_is_taken() {
     in_namespace(async |program| {
         let (_agent, mut controller) = ready(program).await;

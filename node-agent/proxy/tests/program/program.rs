@@ -1,6 +1,7 @@
 //! The program, running.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::time::Duration;
@@ -102,7 +103,13 @@ impl Program {
     }
 
     pub(crate) async fn listens(&self, port: u16) -> bool {
-        TcpStream::connect(("127.0.0.1", port)).await.is_ok()
+        self.listens_at("127.0.0.1", port).await
+    }
+
+    pub(crate) async fn listens_at(&self, ip: &str, port: u16) -> bool {
+        // What is accepted and reset at once is listened on too.
+        let refused = |error: std::io::Error| error.kind() == ErrorKind::ConnectionRefused;
+        !TcpStream::connect((ip, port)).await.is_err_and(refused)
     }
 
     /// The whole answer of an HTTP request.
