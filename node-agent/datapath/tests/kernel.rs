@@ -11,6 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use bed::converge::{BACKENDS, attached, converge, kernel};
 use bed::{Bed, HOST, PODS, PROXY, dual, input_with, ipv6_of};
+use datapath::names::Names;
 use datapath::{
     Datapath, FailureMode, Family, IptablesBackend, Kernel, NodeInput, TunnelKind, build, plan,
 };
@@ -250,7 +251,7 @@ async fn a_proxys_namespace_is_found_from_both_sides() {
 #[tokio::test]
 async fn geneve_is_made_where_the_kernel_has_it_and_named_where_not() {
     let bed = Bed::new(IptablesBackend::Nft);
-    let (facts, _) = datapath::facts::find(&bed.netns("host"), None)
+    let (facts, _) = datapath::facts::find(&bed.netns("host"), None, &Names::default())
         .await
         .unwrap();
     let geneve = input_with(TunnelKind::Geneve, 1);

@@ -3,13 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use crate::datapath::{Datapath, Item, Place, Table};
+use crate::datapath::{Datapath, Item, Member, Place, Table};
 use crate::family::Family;
 use crate::input::IptablesBackend;
 use crate::kernel::ip_set;
 use crate::kernel::iptables::{Iptables, IptablesError};
 use crate::kernel::netlink::Netlink;
 use crate::kernel::{ApplyError, Kernel, KernelError, sysctl};
+use crate::names::Names;
 use crate::netns::Netns;
 use crate::plan::{Change, Plan, Step};
 
@@ -23,6 +24,7 @@ pub struct LinuxKernel {
     proxy: Option<Side>,
     backend: IptablesBackend,
     proc_root: PathBuf,
+    names: Names,
 }
 
 /// One namespace.
@@ -34,15 +36,8 @@ struct Side {
 }
 
 impl LinuxKernel {
-    /// The kernel without a proxy. `proc_root` is where `/proc/sys/net` can be written.
-    ///
-    /// # Errors
-    /// If netlink cannot be opened.
-    pub fn new(backend: IptablesBackend, proc_root: PathBuf) -> Result<Self, KernelError> {
-        Self::in_namespace(Netns::own(), backend, proc_root)
-    }
-
-    /// A kernel whose host side is another namespace than this process's own.
+    /// The kernel whose host side is this namespace, without a proxy. `proc_root` is where
+    /// `/proc/sys/net` can be written.
     ///
     /// # Errors
     /// If the namespace cannot be entered.
@@ -50,6 +45,7 @@ impl LinuxKernel {
         host: Netns,
         backend: IptablesBackend,
         proc_root: PathBuf,
+        names: Names,
     ) -> Result<Self, KernelError> {
         let host = Side::open(host, Place::Host, backend)?;
         Ok(Self {
@@ -57,6 +53,7 @@ impl LinuxKernel {
             proxy: None,
             backend,
             proc_root,
+            names,
         })
     }
 
@@ -77,10 +74,13 @@ impl LinuxKernel {
             Some(proxy) => proxy.netlink.link_indices().await?,
             None => BTreeMap::new(),
         };
-        items.extend(side.netlink.host_links(&peers).await?);
+        items.extend(side.netlink.host_links(&self.names, &peers).await?);
         let wanted = chains(interest, &items);
-        items.extend(side.chains(wanted, &[Table::Mangle, Table::Nat]).await?);
-        items.extend(ip_set::observe(&side.netns)?);
+        items.extend(
+            self.chains(side, wanted, &[Table::Mangle, Table::Nat])
+                .await?,
+        );
+        items.extend(ip_set::observe(&side.netns, &self.names)?);
         Ok(items)
     }
 
@@ -90,9 +90,29 @@ impl LinuxKernel {
         place: Place,
         interest: &BTreeSet<Item>,
     ) -> Result<BTreeSet<Item>, KernelError> {
-        let mut items = side.netlink.observe(place).await?;
+        let mut items = side.netlink.observe(place, &self.names).await?;
         items.extend(sysctl::observe(&self.proc_root, &side.netns, interest)?);
         Ok(items)
+    }
+
+    /// Our chains of some tables, read all at once. Programs run on threads of their own: they take
+    /// tens of milliseconds.
+    async fn chains(
+        &self,
+        side: &Side,
+        families: &[Family],
+        tables: &[Table],
+    ) -> Result<Vec<Item>, IptablesError> {
+        let of_one = |family, table| {
+            let (iptables, netns) = (side.iptables, side.netns.clone());
+            let names = self.names.clone();
+            aside(move || iptables.observe(family, table, &names, &netns))
+        };
+        let all = families
+            .iter()
+            .flat_map(|family| tables.iter().map(move |table| of_one(*family, *table)));
+        let found = futures::future::try_join_all(all).await?;
+        Ok(found.into_iter().flatten().map(Item::Chains).collect())
     }
 
     /// Takes steps of one kind in one place; the index of the one that failed.
@@ -153,7 +173,7 @@ impl Kernel for LinuxKernel {
                 .observe_side(side, Place::Proxy, &interest.proxy)
                 .await?;
             let wanted = chains(&interest.proxy, &proxy);
-            proxy.extend(side.chains(wanted, &[Table::Mangle]).await?);
+            proxy.extend(self.chains(side, wanted, &[Table::Mangle]).await?);
         }
         Ok(Datapath { host, proxy })
     }
@@ -211,22 +231,22 @@ fn chains(interest: &BTreeSet<Item>, observed: &BTreeSet<Item>) -> &'static [Fam
     }
 }
 
-fn member(step: &Step) -> Option<(std::net::IpAddr, bool)> {
+fn member(step: &Step) -> Option<(&Member, bool)> {
     match &step.change {
-        Change::Add(Item::Member(ip))
+        Change::Add(Item::Member(member))
         | Change::Replace {
-            new: Item::Member(ip),
+            new: Item::Member(member),
             ..
-        } => Some((*ip, true)),
-        Change::Remove(Item::Member(ip)) => Some((*ip, false)),
+        } => Some((member, true)),
+        Change::Remove(Item::Member(member)) => Some((member, false)),
         _ => None,
     }
 }
 
 fn change_set(netns: &Netns, old: Option<&Item>, new: Option<&Item>) -> Result<(), KernelError> {
     match (old, new) {
-        (None, Some(Item::Set(family))) => ip_set::create(netns, *family)?,
-        (Some(Item::Set(family)), None) => ip_set::destroy(netns, *family)?,
+        (None, Some(Item::Set(set))) => ip_set::create(netns, set)?,
+        (Some(Item::Set(set)), None) => ip_set::destroy(netns, set)?,
         _ => {}
     }
     Ok(())
@@ -240,24 +260,6 @@ impl Side {
             netlink,
             iptables: Iptables::new(backend),
         })
-    }
-
-    /// Our chains of some tables, read all at once. Programs run on threads of their own: they take
-    /// tens of milliseconds.
-    async fn chains(
-        &self,
-        families: &[Family],
-        tables: &[Table],
-    ) -> Result<Vec<Item>, IptablesError> {
-        let of_one = |family, table| {
-            let (iptables, netns) = (self.iptables, self.netns.clone());
-            aside(move || iptables.observe(family, table, &netns))
-        };
-        let all = families
-            .iter()
-            .flat_map(|family| tables.iter().map(move |table| of_one(*family, *table)));
-        let found = futures::future::try_join_all(all).await?;
-        Ok(found.into_iter().flatten().map(Item::Chains).collect())
     }
 
     async fn replace(&self, old: Option<&Item>, new: Option<&Item>) -> Result<(), KernelError> {
