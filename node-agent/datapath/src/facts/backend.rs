@@ -73,7 +73,6 @@ mod tests {
     use IptablesBackend::{Legacy, Nft};
 
     use super::*;
-    use crate::names::Names;
 
     const NONE: Usage = Usage {
         ours: false,
@@ -155,7 +154,6 @@ COMMIT
 COMMIT
 "
             .to_owned(),
-            names: Names::default(),
         };
         let expected = Usage {
             ours: true,

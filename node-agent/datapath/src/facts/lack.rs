@@ -144,6 +144,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
+    use crate::family::Family;
 
     fn of_message(message: &str) -> Option<Lack> {
         let error = IptablesError::Failed {
@@ -201,7 +202,7 @@ iptables-restore: line 4 failed";
     fn a_set_that_the_kernel_lacks_or_forbids_is_told() {
         let of = |message: &str| {
             let error = IpSetError::Library {
-                set: "ztunnel-pods-ips".to_owned(),
+                family: Family::V4,
                 action: "create",
                 message: message.to_owned(),
             };
