@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use datapath::names::{Names, NamesError};
 
 /// The node agent of Ambit.
 #[derive(Clone, Debug, Parser)]
@@ -40,6 +41,8 @@ pub(crate) struct AgentArguments {
     /// Service account of the proxy's pods.
     #[arg(long, env = "PROXY_SERVICE_ACCOUNT", default_value = "ambit-proxy")]
     pub(crate) proxy_service_account: String,
+    #[command(flatten)]
+    pub(crate) names: NamesArguments,
     /// Where /healthz, /readyz and /metrics are served: the first of these that can be listened on.
     #[arg(
         long,
@@ -48,6 +51,44 @@ pub(crate) struct AgentArguments {
         default_value = "[::]:15022,0.0.0.0:15022"
     )]
     pub(crate) health_listen: Vec<SocketAddr>,
+}
+
+/// What Ambit's own is called in the host's kernel: another installation on the same nodes needs
+/// other names and numbers.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Names and numbers in the host's kernel")]
+pub(crate) struct NamesArguments {
+    /// Set of the mesh pods' IPv4 addresses; that of IPv6 has a 6 behind it.
+    #[arg(long, env = "SET_NAME", default_value = "ztunnel-pods-ips")]
+    set_name: String,
+    /// Device towards the proxy for traffic to mesh pods.
+    #[arg(long, env = "INBOUND_DEVICE", default_value = "istioin")]
+    inbound_device: String,
+    /// Device towards the proxy for traffic from mesh pods.
+    #[arg(long, env = "OUTBOUND_DEVICE", default_value = "istioout")]
+    outbound_device: String,
+    /// Start of the names of iptables chains.
+    #[arg(long, env = "CHAIN_PREFIX", default_value = "ztunnel-")]
+    chain_prefix: String,
+    /// First of three route tables in a row.
+    #[arg(long, env = "FIRST_TABLE", default_value_t = 100)]
+    first_table: u32,
+    /// First of six priorities of ip rules in a row.
+    #[arg(long, env = "FIRST_PRIORITY", default_value_t = 100)]
+    first_priority: u32,
+}
+
+impl NamesArguments {
+    /// # Errors
+    /// If one of them cannot be used.
+    pub(crate) fn check(self) -> Result<Names, NamesError> {
+        Names::default()
+            .with_set(self.set_name)?
+            .with_devices(self.inbound_device, self.outbound_device)?
+            .with_chain_prefix(self.chain_prefix)?
+            .with_first_table(self.first_table)?
+            .with_first_priority(self.first_priority)
+    }
 }
 
 #[cfg(test)]
@@ -59,5 +100,11 @@ mod tests {
     #[test]
     fn the_arguments_are_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn without_names_they_are_those_of_the_data_path() {
+        let arguments = Arguments::parse_from(["ambit-node-agent"]);
+        assert_eq!(arguments.agent.names.check(), Ok(Names::default()));
     }
 }

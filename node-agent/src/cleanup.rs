@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use datapath::datapath::{Route, Sysctl, Target};
 use datapath::facts::{self, FactsError};
 use datapath::kernel::{ApplyError, Kernel, KernelError, LinuxKernel};
-use datapath::names::TABLE_RETURN;
+use datapath::names::Names;
 use datapath::netns::Netns;
 use datapath::{Datapath, Item, plan};
 
@@ -35,10 +35,12 @@ pub(crate) async fn cleanup(
     host: Netns,
     sysctl_root: &Path,
     socket: &Path,
+    names: &Names,
 ) -> Result<usize, CleanupError> {
     // The backend that holds our chains, whatever the host uses now.
-    let (facts, _) = facts::find(&host, None).await?;
-    let kernel = LinuxKernel::in_namespace(host, facts.iptables, sysctl_root.to_owned())?;
+    let (facts, _) = facts::find(&host, None, names).await?;
+    let kernel =
+        LinuxKernel::in_namespace(host, facts.iptables, sysctl_root.to_owned(), names.clone())?;
     let traces = kernel.observe(&Datapath::default()).await?;
     let restore = kernel.setting("ipv4/conf/default/rp_filter")?;
     let interest = settings(&traces, restore.as_deref().unwrap_or("0"));
@@ -57,8 +59,12 @@ pub(crate) async fn cleanup(
 fn settings(traces: &Datapath, restore: &str) -> Datapath {
     let devices = traces.host.iter().filter_map(|item| match item {
         Item::Route(Route {
-            table: TABLE_RETURN,
-            target: Target::Via { device, .. },
+            target:
+                Target::Via {
+                    device,
+                    onlink: true,
+                    ..
+                },
             ..
         }) => Some(device),
         _ => None,

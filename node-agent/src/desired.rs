@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use crds::{AmbientNodeSpec, TunnelEndSpec, Workload, WorkloadNote, reasons};
 use datapath::attachment::Attachment;
 use datapath::input::{Marks, Ports, Proxy, Tunnel, TunnelEnd};
+use datapath::names::Names;
 use datapath::{FailureMode, Family, Mark, MeshPod, NodeInput, TunnelKind};
 use ipnet::IpNet;
 
@@ -88,12 +89,14 @@ pub(crate) fn parse(spec: &AmbientNodeSpec) -> Result<Wanted, InvalidSpec> {
 
 /// The data path's input, with the proxy that is attached and the pods whose turn it is.
 pub(crate) fn input(
+    names: &Names,
     wanted: &Wanted,
     proxy: Option<&Attachment>,
     serving: bool,
     pods: &[Pod],
 ) -> NodeInput {
     NodeInput {
+        names: names.clone(),
         tunnel: Tunnel {
             kind: wanted.kind,
             port: wanted.tunnel_port,
@@ -322,9 +325,15 @@ pub(crate) mod tests {
         let mut geneve = spec(vec![]);
         let mut attachment = attachment();
         let mtu = |spec: &AmbientNodeSpec, attachment: &Attachment| {
-            input(&parse(spec).unwrap(), Some(attachment), true, &[])
-                .tunnel
-                .mtu
+            input(
+                &Names::default(),
+                &parse(spec).unwrap(),
+                Some(attachment),
+                true,
+                &[],
+            )
+            .tunnel
+            .mtu
         };
         let input_of = |spec: &AmbientNodeSpec| mtu(spec, &attachment);
         assert_eq!(input_of(&geneve), 1450);

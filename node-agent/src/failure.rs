@@ -193,7 +193,7 @@ impl From<&ApplyError> for Failure {
             KernelError::Netlink(NetlinkError::GeneveUnsupported) => reasons::GENEVE_UNSUPPORTED,
             KernelError::Netlink(NetlinkError::ForeignDevice(_)) => reasons::FOREIGN_DEVICE,
             KernelError::Iptables(IptablesError::Missing(_)) => reasons::IPTABLES_MISSING,
-            KernelError::IpSet(IpSetError::Full { .. }) => reasons::SET_FULL,
+            KernelError::IpSet(IpSetError::Full(_)) => reasons::SET_FULL,
             cause => {
                 let lack = lack::of_kernel(cause, Some(item));
                 let (reason, message) = told(lack, error, reasons::APPLY_FAILED);
@@ -238,8 +238,9 @@ pub(crate) fn root(error: &dyn Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    use datapath::Place;
+    use datapath::datapath::{AddressSet, Member};
     use datapath::plan::{Change, Step};
+    use datapath::{Family, Place};
 
     use super::*;
 
@@ -256,7 +257,10 @@ mod tests {
     #[test]
     fn a_missing_iptables_is_named() {
         let failure = apply_error(
-            Item::Set(datapath::Family::V4),
+            Item::Set(AddressSet {
+                name: "x".to_owned(),
+                family: Family::V4,
+            }),
             IptablesError::Missing("iptables-nft-restore").into(),
         );
         assert_eq!(failure.reason, reasons::IPTABLES_MISSING);
@@ -269,8 +273,12 @@ mod tests {
 
     #[test]
     fn a_full_set_is_named_with_the_address_that_did_not_fit() {
-        let ip = "10.0.0.4".parse().unwrap();
-        let failure = apply_error(Item::Member(ip), IpSetError::Full { ip }.into());
+        let member = Member {
+            set: "ztunnel-pods-ips".to_owned(),
+            ip: "10.0.0.4".parse().unwrap(),
+        };
+        let full = IpSetError::Full(member.clone());
+        let failure = apply_error(Item::Member(member), full.into());
         assert_eq!(
             (failure.part, failure.reason),
             (Part::Redirection, reasons::SET_FULL)

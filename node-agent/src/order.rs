@@ -10,8 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
-use datapath::datapath::{Route, Target};
-use datapath::names::TABLE_INBOUND;
+use datapath::datapath::{Member, Target};
 use datapath::{Datapath, Item};
 
 use crate::desired::Pod;
@@ -123,7 +122,7 @@ fn members(observed: &Datapath) -> BTreeSet<IpAddr> {
         .host
         .iter()
         .filter_map(|item| match item {
-            Item::Member(ip) => Some(*ip),
+            Item::Member(Member { ip, .. }) => Some(*ip),
             _ => None,
         })
         .collect()
@@ -132,11 +131,7 @@ fn members(observed: &Datapath) -> BTreeSet<IpAddr> {
 /// Addresses whose traffic goes to the proxy in one direction at least.
 fn held(observed: &Datapath) -> BTreeSet<IpAddr> {
     let routed = observed.host.iter().filter_map(|item| match item {
-        Item::Route(Route {
-            table: TABLE_INBOUND,
-            destination,
-            ..
-        }) => Some(destination.addr()),
+        Item::Route(route) => route.pod(),
         _ => None,
     });
     members(observed).into_iter().chain(routed).collect()
@@ -155,11 +150,18 @@ mod tests {
         parse(&spec(workloads)).unwrap().pods
     }
 
+    fn member(ip: IpAddr) -> Item {
+        Item::Member(Member {
+            set: "pods".to_owned(),
+            ip,
+        })
+    }
+
     fn holding(ips: &[&str]) -> Datapath {
         let mut datapath = Datapath::default();
         datapath
             .host
-            .extend(ips.iter().map(|ip| Item::Member(ip.parse().unwrap())));
+            .extend(ips.iter().map(|ip| member(ip.parse().unwrap())));
         datapath
     }
 
@@ -264,12 +266,12 @@ mod tests {
                 ever_ready.extend(wanted.iter().map(|pod| pod.workload.uid.clone()).filter(|uid| is_ready(uid)));
                 let selected = enrolment.select(&wanted, is_ready);
                 if applies {
-                    kernel.host = selected.iter().flat_map(|pod| pod.ips.iter().map(|ip| Item::Member(*ip))).collect();
+                    kernel.host = selected.iter().flat_map(|pod| pod.ips.iter().map(|ip| member(*ip))).collect();
                 }
                 enrolment.settle(&selected, &kernel);
                 let served = told(&enrolment, &wanted);
                 for pod in &all {
-                    if kernel.host.contains(&Item::Member(pod.ips[0])) {
+                    if kernel.host.contains(&member(pod.ips[0])) {
                         prop_assert!(ever_ready.contains(&pod.workload.uid));
                         prop_assert!(served.contains(&pod.workload.uid), "{} is not served", pod.workload.uid);
                     }

@@ -9,6 +9,7 @@ use datapath::attachment::{self, Attachment};
 use datapath::changes::Changes;
 use datapath::facts::{self, Facts, Interest, Obstacle, Others, Severity};
 use datapath::kernel::{Kernel, LinuxKernel};
+use datapath::names::Names;
 use datapath::netns::Netns;
 use datapath::{Datapath, IptablesBackend, Item, TunnelKind, build, plan};
 use protocol::node::{Configure, LocalTraffic, Workload};
@@ -21,10 +22,18 @@ use crate::order::{self, Enrolment};
 use crate::report::{Outcome, ProxyState, WorkloadOutcome};
 use crate::roster::{self, Progress, Roster, SessionId};
 
+/// The host's side: where it is, and what of it is ours.
+#[derive(Clone, Debug)]
+pub(crate) struct Host {
+    pub(crate) netns: Netns,
+    /// Where its `/proc/sys/net` can be written.
+    pub(crate) sysctl_root: PathBuf,
+    pub(crate) names: Names,
+}
+
 /// What the agent knows of its node from pass to pass.
 pub(crate) struct Node {
-    host: Netns,
-    sysctl_root: PathBuf,
+    host: Host,
     metrics: Arc<Metrics>,
     wake: mpsc::Sender<()>,
     started: Instant,
@@ -52,15 +61,9 @@ enum Progressed {
 }
 
 impl Node {
-    pub(crate) fn new(
-        host: Netns,
-        sysctl_root: PathBuf,
-        metrics: Arc<Metrics>,
-        wake: mpsc::Sender<()>,
-    ) -> Self {
+    pub(crate) fn new(host: Host, metrics: Arc<Metrics>, wake: mpsc::Sender<()>) -> Self {
         Self {
             host,
-            sysctl_root,
             metrics,
             wake,
             started: Instant::now(),
@@ -78,7 +81,7 @@ impl Node {
 
     /// Listens for changes of the host's namespace.
     pub(crate) fn listen(&self) -> std::io::Result<Changes> {
-        Changes::listen(&self.host, self.wake.clone())
+        Changes::listen(&self.host.netns, self.wake.clone())
     }
 
     /// How long a pass may still have to wait for the proxy.
@@ -156,7 +159,7 @@ impl Node {
     async fn survey(&mut self, full: bool, kept: Option<IptablesBackend>) -> Result<(), Failure> {
         if full || self.found.is_none() {
             let before = self.facts().map(|facts| facts.iptables);
-            let found = facts::find(&self.host, before.or(kept))
+            let found = facts::find(&self.host.netns, before.or(kept), &self.host.names)
                 .await
                 .map_err(|error| Failure::from(&error))?;
             // A host that had no rules at first has shown what it uses.
@@ -167,9 +170,10 @@ impl Node {
         }
         if let (Some((facts, _)), None) = (&self.found, &self.kernel) {
             let kernel = LinuxKernel::in_namespace(
-                self.host.clone(),
+                self.host.netns.clone(),
                 facts.iptables,
-                self.sysctl_root.clone(),
+                self.host.sysctl_root.clone(),
+                self.host.names.clone(),
             );
             self.kernel = Some(kernel.map_err(|error| Failure::from(&error))?);
         }
@@ -200,8 +204,13 @@ impl Node {
                 .flat_map(|pod| &pod.ips)
                 .any(|ip| ip.is_ipv6()),
         };
-        let found =
-            facts::obstacles(&self.host, &self.sysctl_root, (facts, others), interest).await;
+        let found = facts::obstacles(
+            &self.host.netns,
+            &self.host.sysctl_root,
+            (facts, others),
+            interest,
+        )
+        .await;
         self.obstacles = found.map_err(|error| Failure::from(&error))?;
         self.looked_at = device;
         Ok(())
@@ -214,7 +223,8 @@ impl Node {
             return (ProxyState::Absent, None);
         };
         let connected = roster.current_is_connected();
-        let found = attachment::find(&self.host, &session.netns, &self.sysctl_root).await;
+        let found =
+            attachment::find(&self.host.netns, &session.netns, &self.host.sysctl_root).await;
         let attachment =
             found
                 .map_err(|error| Complaint::unusable(&error))
@@ -285,18 +295,22 @@ impl Node {
         let is_ready =
             |uid: &str| session.is_some_and(|session| session.workload(uid) == Progress::Ready);
         // The settings of what may be wanted are the same whoever is enrolled.
-        let draft = build(&desired::input(wanted, attachment, serving, &[]));
+        let draft = build(&desired::input(
+            &self.host.names,
+            wanted,
+            attachment,
+            serving,
+            &[],
+        ));
         self.look_out(wanted, &draft, attachment, full).await?;
         let Some(kernel) = &self.kernel else {
             return Ok(Progressed::Waiting);
         };
         let interest = with_settings(draft, &self.desired);
-        let observed = if full {
-            kernel.observe(&interest).await
-        } else {
-            kernel.glance(&interest).await
-        }
-        .map_err(|error| Failure::from(&error))?;
+        let observed = kernel
+            .observe(&interest)
+            .await
+            .map_err(|error| Failure::from(&error))?;
         let forbidden = Failure::obstacles(&self.obstacles, Severity::Forbids);
         if let Some(forbidden) = forbidden.clone().filter(|_| observed.host.is_empty()) {
             return Err(forbidden);
@@ -310,7 +324,13 @@ impl Node {
             .enrolment
             .get_or_insert_with(|| Enrolment::adopt(&wanted.pods, &observed));
         let selected = enrolment.select(&wanted.pods, is_ready);
-        let desired = build(&desired::input(wanted, attachment, serving, &selected));
+        let desired = build(&desired::input(
+            &self.host.names,
+            wanted,
+            attachment,
+            serving,
+            &selected,
+        ));
         let steps = plan(&desired, &observed);
         let repairs = self.began && desired == self.desired;
         self.began = true;
@@ -322,7 +342,7 @@ impl Node {
             tracing::info!(steps = steps.steps.len(), repairs, "the kernel is changed");
             let applied = kernel.apply(&steps).await;
             let after = kernel
-                .glance(&interest)
+                .observe(&interest)
                 .await
                 .map_err(|error| Failure::from(&error))?;
             enrolment.settle(&selected, &after);

@@ -14,7 +14,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::args::{AgentArguments, Arguments, Command};
 use crate::metrics::Metrics;
-use crate::pass::Node;
+use crate::pass::{Host, Node};
 use crate::reconcile::Inputs;
 use crate::roster::Roster;
 use crate::session::{Doorman, Expected};
@@ -41,7 +41,8 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     let agent = arguments.agent;
     match arguments.command {
         Some(Command::Cleanup) => {
-            let removed = cleanup::cleanup(Netns::own(), &agent.sysctl_root, &agent.socket);
+            let names = agent.names.check()?;
+            let removed = cleanup::cleanup(Netns::own(), &agent.sysctl_root, &agent.socket, &names);
             let steps = runtime.block_on(removed)?;
             tracing::info!(
                 steps,
@@ -81,6 +82,7 @@ async fn serve(arguments: AgentArguments) -> Result<()> {
 
 /// Starts every part.
 async fn start(arguments: AgentArguments, client: Client) -> Result<JoinSet<&'static str>> {
+    let names = arguments.names.clone().check()?;
     let metrics = Arc::new(Metrics::new());
     let listener = TcpListener::bind(&arguments.health_listen[..])
         .await
@@ -97,7 +99,12 @@ async fn start(arguments: AgentArguments, client: Client) -> Result<JoinSet<&'st
     let (wake, wakes) = mpsc::channel(1);
     let node_name = arguments.node_name.clone();
     let doorman = Arc::new(doorman(&arguments, client.clone()));
-    let node = Node::new(Netns::own(), arguments.sysctl_root, metrics.clone(), wake);
+    let host = Host {
+        netns: Netns::own(),
+        sysctl_root: arguments.sysctl_root,
+        names,
+    };
+    let node = Node::new(host, metrics.clone(), wake);
     let inputs = Inputs {
         known: known.clone(),
         sessions,

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use crds::{AmbientNode, AmbientNodeSpec, FailureMode, TunnelType, conditions};
 use datapath::IptablesBackend;
+use datapath::names::Names;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -21,7 +22,7 @@ use peer::Peer;
 use crate::cleanup::cleanup;
 use crate::desired::tests::{spec, workload};
 use crate::metrics::Metrics;
-use crate::pass::Node;
+use crate::pass::{Host, Node};
 use crate::reconcile::{self, Inputs};
 use crate::report::{Outcome, report};
 use crate::roster::Roster;
@@ -59,12 +60,12 @@ impl Agent {
             host: bed.netns("host"),
             sysctl_root: PathBuf::from("/proc/sys/net"),
         };
-        let node = Node::new(
-            bed.netns("host"),
-            PathBuf::from("/proc/sys/net"),
-            metrics.clone(),
-            wake,
-        );
+        let host = Host {
+            netns: bed.netns("host"),
+            sysctl_root: PathBuf::from("/proc/sys/net"),
+            names: Names::default(),
+        };
+        let node = Node::new(host, metrics.clone(), wake);
         let inputs = Inputs {
             known: known_receiver,
             sessions,
@@ -356,7 +357,7 @@ async fn a_peer_that_is_not_the_nodes_proxy_is_turned_away_with_the_reason() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kernel_without_geneve_is_left_alone_and_named() {
     let bed = Bed::new(IptablesBackend::Nft);
-    let (facts, _) = datapath::facts::find(&bed.netns("host"), None)
+    let (facts, _) = datapath::facts::find(&bed.netns("host"), None, &Names::default())
         .await
         .unwrap();
     let mut agent = Agent::start(&bed, 1_000).await;
@@ -430,7 +431,12 @@ async fn cleanup_and_the_deletion_of_the_object_leave_the_host_as_it_was() {
             drop(agent);
             let socket = std::path::Path::new("/nonexistent/agent.sock");
             let root = std::path::Path::new("/proc/sys/net");
-            assert!(cleanup(bed.netns("host"), root, socket).await.unwrap() > 0);
+            assert!(
+                cleanup(bed.netns("host"), root, socket, &Names::default())
+                    .await
+                    .unwrap()
+                    > 0
+            );
             assert_eq!(before, bed.dump());
         }
     }

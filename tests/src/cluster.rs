@@ -278,6 +278,19 @@ impl Cluster {
             .success()
             .with_context(|| format!("on {node}: {}", arguments.join(" ")))
     }
+
+    /// The backend of what `node` itself calls iptables: nft or legacy.
+    ///
+    /// # Errors
+    /// If it has none.
+    pub fn iptables(&self, node: &str) -> Result<&'static str> {
+        let version = self.on_node(node, &["iptables", "--version"])?;
+        Ok(if version.contains("nf_tables") {
+            "nft"
+        } else {
+            "legacy"
+        })
+    }
 }
 
 /// The command line in front of a command that is to run on `node`.

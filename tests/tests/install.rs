@@ -97,6 +97,7 @@ fn the_status_names_proxy_host_and_kernel_as_they_are() -> Result<()> {
         );
         let release = cluster.on_node(&node, &["uname", "-r"])?;
         assert_eq!(status["kernel"]["release"], release.trim());
+        assert_eq!(status["kernel"]["iptables"], cluster.iptables(&node)?);
         let host = status["hostIP"].as_str().context("no hostIP")?;
         let addresses = cluster.on_node(&node, &["ip", "-o", "-4", "address"])?;
         ensure!(

@@ -9,14 +9,13 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::datapath::{
-    Action, Address, Chain, Chains, Datapath, Item, Link, Route, Rule, Selector, Sysctl, Table,
-    Target,
+    Action, Address, AddressSet, Chain, Chains, Datapath, Item, Link, Member, Route, Rule,
+    Selector, Sysctl, Table, Target,
 };
 use crate::family::Family;
 use crate::input::{FailureMode, Marks, NodeInput, Proxy, Tunnel, TunnelEnd, TunnelKind};
 use crate::names::{
-    self, ISTIOIN, ISTIOOUT, LINK_LOCAL, METRIC_IPV6, METRIC_LAST, PISTIOIN, PISTIOOUT,
-    PROXY_PORT_RANGE, TABLE_INBOUND, TABLE_LOCAL, TABLE_OUTBOUND, TABLE_RETURN, priority,
+    LINK_LOCAL, METRIC_IPV6, METRIC_LAST, Names, PROXY_PORT_RANGE, TABLE_LOCAL, peer, priority,
 };
 
 /// What the kernel should hold.
@@ -34,14 +33,21 @@ pub fn build(input: &NodeInput) -> Datapath {
 fn host(input: &NodeInput, host: &mut BTreeSet<Item>) {
     for family in input.families() {
         host.extend(host_routes(input, family));
-        host.extend(host_rules(family, &input.marks));
-        host.insert(Item::Set(family));
-        let proxy = input.proxy.as_ref();
-        host.insert(Item::Chains(host_mangle(family, &input.marks, proxy)));
-        host.insert(Item::Chains(host_nat(family, &input.marks)));
+        host.extend(host_rules(family, input));
+        host.insert(Item::Set(AddressSet {
+            name: input.names.set(family),
+            family,
+        }));
+        host.insert(Item::Chains(host_mangle(family, input)));
+        host.insert(Item::Chains(host_nat(family, input)));
     }
     if serving(input).is_some() || input.failure_mode == FailureMode::Closed {
-        host.extend(input.pods.iter().map(|pod| Item::Member(pod.ip)));
+        host.extend(input.pods.iter().map(|pod| {
+            Item::Member(Member {
+                set: input.names.set(Family::of(pod.ip)),
+                ip: pod.ip,
+            })
+        }));
     }
 }
 
@@ -51,10 +57,11 @@ fn serving(input: &NodeInput) -> Option<&Proxy> {
 }
 
 fn host_routes(input: &NodeInput, family: Family) -> Vec<Item> {
+    let names = &input.names;
     let everywhere = family.everywhere();
     let mut routes = vec![
-        unreachable(TABLE_OUTBOUND, everywhere),
-        unreachable(TABLE_RETURN, everywhere),
+        unreachable(names.table_outbound(), everywhere),
+        unreachable(names.table_return(), everywhere),
     ];
     let pods = || {
         let ips = input.pods.iter().map(|pod| pod.ip);
@@ -62,7 +69,7 @@ fn host_routes(input: &NodeInput, family: Family) -> Vec<Item> {
     };
     let serving = serving(input);
     if serving.is_some() || input.failure_mode == FailureMode::Closed {
-        routes.extend(pods().map(|ip| unreachable(TABLE_INBOUND, ip.into())));
+        routes.extend(pods().map(|ip| unreachable(names.table_inbound(), ip.into())));
     }
     let via = |gateway, device: &str, onlink| Target::Via {
         gateway,
@@ -78,19 +85,19 @@ fn host_routes(input: &NodeInput, family: Family) -> Vec<Item> {
     };
     // A proxy that died answers what it had proxied with RST, by the kernel of its namespace.
     let back = via(ends.proxy, &proxy.host_device, true);
-    routes.push(route(TABLE_RETURN, everywhere, back));
+    routes.push(route(names.table_return(), everywhere, back));
     if serving.is_none() {
         return routes;
     }
     let gateway = |end: TunnelEnd| end.network(family).proxy();
-    let outbound = via(gateway(input.tunnel.outbound), ISTIOOUT, false);
-    let inbound = via(gateway(input.tunnel.inbound), ISTIOIN, false);
+    let outbound = via(gateway(input.tunnel.outbound), names.outbound(), false);
+    let inbound = via(gateway(input.tunnel.inbound), names.inbound(), false);
     let to_proxy = Target::Link {
         device: proxy.host_device.clone(),
     };
-    routes.push(route(TABLE_OUTBOUND, everywhere, outbound));
-    routes.push(route(TABLE_OUTBOUND, ends.proxy.into(), to_proxy));
-    routes.extend(pods().map(|ip| route(TABLE_INBOUND, ip.into(), inbound.clone())));
+    routes.push(route(names.table_outbound(), everywhere, outbound));
+    routes.push(route(names.table_outbound(), ends.proxy.into(), to_proxy));
+    routes.extend(pods().map(|ip| route(names.table_inbound(), ip.into(), inbound.clone())));
     routes
 }
 
@@ -116,30 +123,39 @@ fn unreachable(table: u32, destination: IpNet) -> Item {
     })
 }
 
-fn host_rules(family: Family, marks: &Marks) -> Vec<Item> {
+fn host_rules(family: Family, input: &NodeInput) -> Vec<Item> {
     use Action::{Goto, Lookup, Nop};
+    let (names, marks) = (&input.names, &input.marks);
     [
         (
-            priority::SKIP,
+            names.priority_skip(),
             Selector::Mark(marks.skip),
             Goto(priority::MAIN),
         ),
         (
-            priority::OUTBOUND,
+            names.priority_outbound(),
             Selector::Mark(marks.outbound),
-            Lookup(TABLE_OUTBOUND),
+            Lookup(names.table_outbound()),
         ),
         (
-            priority::RETURN,
+            names.priority_return(),
             Selector::Mark(marks.return_),
-            Lookup(TABLE_RETURN),
+            Lookup(names.table_return()),
         ),
         // The host reaches its pods directly: kubelet's probes must work whatever the proxy does.
         // Reverse-path lookups count as sent here, so pods' devices keep their own rp_filter.
-        (priority::HOST, Selector::SentHere, Goto(priority::HOST_END)),
+        (
+            names.priority_host(),
+            Selector::SentHere,
+            Goto(names.priority_host_end()),
+        ),
         // Only TCP: ping and UDP to mesh pods keep their way.
-        (priority::INBOUND, Selector::Tcp, Lookup(TABLE_INBOUND)),
-        (priority::HOST_END, Selector::All, Nop),
+        (
+            names.priority_inbound(),
+            Selector::Tcp,
+            Lookup(names.table_inbound()),
+        ),
+        (names.priority_host_end(), Selector::All, Nop),
     ]
     .map(|(priority, selector, action)| {
         Item::Rule(Rule {
@@ -152,7 +168,8 @@ fn host_rules(family: Family, marks: &Marks) -> Vec<Item> {
     .into()
 }
 
-fn host_mangle(family: Family, marks: &Marks, proxy: Option<&Proxy>) -> Chains {
+fn host_mangle(family: Family, input: &NodeInput) -> Chains {
+    let (names, proxy) = (&input.names, input.proxy.as_ref());
     let Marks {
         outbound,
         skip,
@@ -160,7 +177,7 @@ fn host_mangle(family: Family, marks: &Marks, proxy: Option<&Proxy>) -> Chains {
         own,
         return_,
         ..
-    } = marks;
+    } = &input.marks;
     let save = format!(
         "-m mark --mark {proxied} -j CONNMARK --save-mark --nfmask {mask:#x} --ctmask {mask:#x}",
         mask = proxied.mask()
@@ -183,7 +200,7 @@ fn host_mangle(family: Family, marks: &Marks, proxy: Option<&Proxy>) -> Chains {
         ));
         prerouting.push(format!("-m mark --mark {skip} -j RETURN"));
         prerouting.push(format!("-i {host_device} -j MARK --set-xmark {own}"));
-        for device in [ISTIOIN, ISTIOOUT] {
+        for device in [names.inbound(), names.outbound()] {
             prerouting.push(format!("-i {device} -j MARK --set-xmark {skip}"));
         }
         prerouting.push(format!("-m mark --mark {skip} -j RETURN"));
@@ -195,9 +212,10 @@ fn host_mangle(family: Family, marks: &Marks, proxy: Option<&Proxy>) -> Chains {
     prerouting.push(format!("-m mark --mark {skip} -j RETURN"));
     prerouting.push(format!(
         "-p tcp -m set --match-set {} src -j MARK --set-xmark {outbound}",
-        names::set(family)
+        names.set(family)
     ));
     chains(
+        names,
         family,
         Table::Mangle,
         [
@@ -215,10 +233,11 @@ fn host_mangle(family: Family, marks: &Marks, proxy: Option<&Proxy>) -> Chains {
     )
 }
 
-fn host_nat(family: Family, marks: &Marks) -> Chains {
+fn host_nat(family: Family, input: &NodeInput) -> Chains {
     // The proxy must see the ClusterIP and the pod's own address.
-    let accept = format!("-m mark --mark {} -j ACCEPT", marks.outbound);
+    let accept = format!("-m mark --mark {} -j ACCEPT", input.marks.outbound);
     chains(
+        &input.names,
         family,
         Table::Nat,
         [
@@ -234,6 +253,7 @@ fn host_net(ip: IpAddr) -> IpNet {
 }
 
 fn chains<const N: usize>(
+    names: &Names,
     family: Family,
     table: Table,
     chains: [(&str, Vec<String>); N],
@@ -253,18 +273,19 @@ fn chains<const N: usize>(
     Chains {
         family,
         table,
+        prefix: names.chain_prefix().to_owned(),
         chains,
     }
 }
 
 fn host_tunnels(input: &NodeInput, proxy: &Proxy, host: &mut BTreeSet<Item>) {
     let tunnel = &input.tunnel;
-    for (name, peer, end) in ends(tunnel) {
+    for (name, end) in ends(input) {
         host.insert(Item::Link(match tunnel.kind {
             TunnelKind::Geneve => geneve(tunnel, name, end, proxy.ends.outer().proxy),
             TunnelKind::Veth => Link::Veth {
                 name: name.to_owned(),
-                peer: Some(peer.to_owned()),
+                peer: Some(peer(name)),
                 mtu: tunnel.mtu,
             },
         }));
@@ -281,10 +302,12 @@ fn host_tunnels(input: &NodeInput, proxy: &Proxy, host: &mut BTreeSet<Item>) {
     host.insert(rp_filter(&proxy.host_device, "2", &proxy.default_rp_filter));
 }
 
-fn ends(tunnel: &Tunnel) -> [(&'static str, &'static str, TunnelEnd); 2] {
+/// The tunnels, with the host's device of each.
+fn ends(input: &NodeInput) -> [(&str, TunnelEnd); 2] {
+    let NodeInput { names, tunnel, .. } = input;
     [
-        (ISTIOIN, PISTIOIN, tunnel.inbound),
-        (ISTIOOUT, PISTIOOUT, tunnel.outbound),
+        (names.inbound(), tunnel.inbound),
+        (names.outbound(), tunnel.outbound),
     ]
 }
 
@@ -338,7 +361,8 @@ fn rp_filter(device: &str, value: &str, restore: &str) -> Item {
 }
 
 fn proxy_side(input: &NodeInput, proxy: &Proxy, side: &mut BTreeSet<Item>) {
-    for (_, name, end) in ends(&input.tunnel) {
+    for (device, end) in ends(input) {
+        let name = &peer(device);
         if input.tunnel.kind == TunnelKind::Geneve {
             let remote = proxy.ends.outer().host;
             side.insert(Item::Link(geneve(&input.tunnel, name, end, remote)));
@@ -382,22 +406,26 @@ fn proxy_rules(family: Family, marks: &Marks) -> [Item; 2] {
 }
 
 fn proxy_mangle(family: Family, input: &NodeInput, proxy: &Proxy) -> Chains {
-    let (ports, mark) = (input.ports, input.marks.tproxy);
+    let (names, ports, mark) = (&input.names, input.ports, input.marks.tproxy);
+    let [from_inbound, from_outbound] = [names.inbound(), names.outbound()].map(peer);
     let tproxy = |port: u16| {
         let ip = family.loopback();
         format!("-j TPROXY --on-port {port} --on-ip {ip} --tproxy-mark {mark}")
     };
     let mut prerouting = vec![
         format!(
-            "-i {PISTIOIN} -p tcp -m tcp --dport {0} {1}",
+            "-i {from_inbound} -p tcp -m tcp --dport {0} {1}",
             ports.inbound,
             tproxy(ports.inbound)
         ),
-        format!("-i {PISTIOIN} -p tcp {}", tproxy(ports.inbound_plaintext)),
-        format!("-i {PISTIOOUT} -p tcp {}", tproxy(ports.outbound)),
+        format!(
+            "-i {from_inbound} -p tcp {}",
+            tproxy(ports.inbound_plaintext)
+        ),
+        format!("-i {from_outbound} -p tcp {}", tproxy(ports.outbound)),
     ];
     let Some(ends) = proxy.ends.of(family) else {
-        return chains(family, Table::Mangle, [("PREROUTING", prerouting)]);
+        return chains(names, family, Table::Mangle, [("PREROUTING", prerouting)]);
     };
     let answer = |protocol: &str| {
         format!(
@@ -416,5 +444,5 @@ fn proxy_mangle(family: Family, input: &NodeInput, proxy: &Proxy) -> Chains {
             [1, 2, 3].map(|kind| answer(&format!("ipv6-icmp -m icmp6 --icmpv6-type {kind}"))),
         ),
     }
-    chains(family, Table::Mangle, [("PREROUTING", prerouting)])
+    chains(names, family, Table::Mangle, [("PREROUTING", prerouting)])
 }

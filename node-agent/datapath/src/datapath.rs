@@ -8,7 +8,7 @@ use ipnet::IpNet;
 
 use crate::family::Family;
 use crate::input::Mark;
-use crate::names::{self, METRIC_LAST, PROTOCOL};
+use crate::names::{METRIC_LAST, PROTOCOL};
 
 /// What both namespaces of a node hold, or should hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -43,12 +43,12 @@ pub enum Item {
     Route(Route),
     /// A policy routing rule.
     Rule(Rule),
-    /// The set of a family's addresses, of type `hash:ip`.
-    Set(Family),
+    /// A set of addresses, of type `hash:ip`.
+    Set(AddressSet),
     /// Our chains of one iptables table.
     Chains(Chains),
-    /// A member of its family's set.
-    Member(IpAddr),
+    /// A member of a set.
+    Member(Member),
 }
 
 /// A network device.
@@ -179,6 +179,24 @@ pub enum Action {
     Nop,
 }
 
+/// A set of addresses.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct AddressSet {
+    /// Its name.
+    pub name: String,
+    /// The addresses that it takes.
+    pub family: Family,
+}
+
+/// A member of a set.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Member {
+    /// Name of the set.
+    pub set: String,
+    /// The address.
+    pub ip: IpAddr,
+}
+
 /// Our chains of one table of iptables or ip6tables; always replaced as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Chains {
@@ -186,6 +204,8 @@ pub struct Chains {
     pub family: Family,
     /// The table.
     pub table: Table,
+    /// Start of their names.
+    pub prefix: String,
     /// By the built-in chain that they are reached from.
     pub chains: BTreeMap<String, Chain>,
 }
@@ -202,7 +222,8 @@ pub enum Table {
 /// A chain of ours and the way into it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Chain {
-    /// Places of the jumps to it in the built-in chain; as desired: the first place, once.
+    /// Places of the jumps to it in the built-in chain, not counting those of other installations; as
+    /// desired: the first place, once.
     pub jumps: Vec<usize>,
     /// Its rules, as `iptables-save` prints them, without the chain's name.
     pub rules: Vec<String>,
@@ -278,6 +299,21 @@ impl Route {
     pub fn family(&self) -> Family {
         Family::of(self.destination.addr())
     }
+
+    /// Whether it hands traffic to the proxy: of the host's routes, only those into the tunnels have a
+    /// gateway in a network of their device.
+    #[must_use]
+    pub fn leads_into_a_tunnel(&self) -> bool {
+        matches!(self.target, Target::Via { onlink: false, .. })
+    }
+
+    /// The mesh pod whose inbound traffic it hands to the proxy, or refuses.
+    #[must_use]
+    pub fn pod(&self) -> Option<IpAddr> {
+        let is_of_one = self.destination.prefix_len() == self.destination.max_prefix_len();
+        let decides = self.leads_into_a_tunnel() || self.target == Target::Unreachable;
+        (is_of_one && decides).then(|| self.destination.addr())
+    }
 }
 
 impl Link {
@@ -316,14 +352,14 @@ impl fmt::Display for Item {
             }
             Self::Route(route) => write!(f, "ip {}route {route}", route.family().option()),
             Self::Rule(rule) => write!(f, "ip {}rule {rule}", rule.family.option()),
-            Self::Set(family) => {
+            Self::Set(AddressSet { name, family }) => {
                 let kind = match family {
                     Family::V4 => "inet",
                     Family::V6 => "inet6",
                 };
-                write!(f, "ipset {} hash:ip family {kind}", names::set(*family))
+                write!(f, "ipset {name} hash:ip family {kind}")
             }
-            Self::Member(ip) => write!(f, "ipset {} {ip}", names::set(Family::of(*ip))),
+            Self::Member(Member { set, ip }) => write!(f, "ipset {set} {ip}"),
             Self::Chains(chains) => write!(f, "{chains}"),
         }
     }
@@ -413,7 +449,7 @@ impl fmt::Display for Chains {
         };
         write!(f, "{program} -t {}", self.table.name())?;
         for (hook, chain) in &self.chains {
-            write!(f, "\n      {hook} -> {}{hook}", names::CHAIN_PREFIX)?;
+            write!(f, "\n      {hook} -> {}{hook}", self.prefix)?;
             for rule in &chain.rules {
                 write!(f, "\n        {rule}")?;
             }

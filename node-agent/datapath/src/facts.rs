@@ -30,6 +30,7 @@ use crate::input::{IptablesBackend, Marks};
 use crate::kernel::iptables::{Iptables, IptablesError};
 use crate::kernel::netlink::{self, Netlink, NetlinkError, foreign_mark};
 use crate::kernel::sysctl::SysctlError;
+use crate::names::Names;
 use crate::netns::Netns;
 
 pub use obstacle::{Obstacle, Severity};
@@ -109,13 +110,14 @@ pub enum FactsError {
     Thread(#[source] io::Error),
 }
 
-/// Looks. `kept` is the backend that an earlier agent of this node used.
+/// Looks; what `names` says is ours. `kept` is the backend that an earlier agent of this node used.
 ///
 /// # Errors
 /// If something cannot be read; a missing right and a missing iptables are named.
 pub async fn find(
     host: &Netns,
     kept: Option<IptablesBackend>,
+    names: &Names,
 ) -> Result<(Facts, Others), FactsError> {
     let missing = rights::missing().map_err(FactsError::Status)?;
     if !missing.is_empty() {
@@ -125,7 +127,7 @@ pub async fn find(
     let netlink = Netlink::open(host).map_err(FactsError::Enter)?;
     let links = netlink.links().await?;
     let rules = netlink.rules().await?;
-    let saved = save(host).await?;
+    let saved = save(host, names).await?;
     let usage = |backend| backend::usage(saved.iter().filter(|saved| saved.backend == backend));
     let choice = backend::choose(
         kept,
@@ -234,24 +236,29 @@ async fn geneve(netlink: &Netlink, links: &[LinkMessage]) -> bool {
 }
 
 /// What both backends hold, of every family; nothing of legacy where it is not in use.
-async fn save(host: &Netns) -> Result<Vec<Saved>, FactsError> {
-    let host = host.clone();
+async fn save(host: &Netns, names: &Names) -> Result<Vec<Saved>, FactsError> {
+    let (host, names) = (host.clone(), names.clone());
     let read = move || {
         let mut found = Vec::new();
         for family in host.families().map_err(FactsError::Enter)? {
             // Reading the legacy tables would load them where they are not in use.
-            let names = match family {
+            let tables = match family {
                 Family::V4 => "/proc/thread-self/net/ip_tables_names",
                 Family::V6 => "/proc/thread-self/net/ip6_tables_names",
             };
             let in_use = host
-                .run(|| std::fs::read_to_string(names))
+                .run(|| std::fs::read_to_string(tables))
                 .map_err(FactsError::Enter)?
-                .is_ok_and(|names| !names.trim().is_empty());
+                .is_ok_and(|tables| !tables.trim().is_empty());
             let legacy = in_use.then_some(IptablesBackend::Legacy);
             for backend in legacy.into_iter().chain([IptablesBackend::Nft]) {
                 let text = Iptables::new(backend).dump(*family, &host)?;
-                found.push(Saved { backend, text });
+                let names = names.clone();
+                found.push(Saved {
+                    backend,
+                    text,
+                    names,
+                });
             }
         }
         Ok(found)

@@ -7,10 +7,13 @@ use std::str::FromStr;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::family::Family;
+use crate::names::Names;
 
 /// Everything [`crate::build()`] needs to know about a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeInput {
+    /// What ours is called on the host.
+    pub names: Names,
     /// Devices between host and proxy.
     pub tunnel: Tunnel,
     /// The proxy's listeners.

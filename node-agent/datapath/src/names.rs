@@ -1,50 +1,21 @@
 //! Every name and number of the data path, with the network namespace it belongs to.
 //!
-//! Names and numbers are those of the first Istio Ambient, so that its documents apply.
+//! By default they are those of the first Istio Ambient, so that its documents apply.
 
 use std::net::Ipv6Addr;
+use std::ops::RangeInclusive;
 
 use crate::family::Family;
 
-/// Set of the IPv4 addresses of this node's mesh pods (host).
-pub const SET: &str = "ztunnel-pods-ips";
-/// Set of their IPv6 addresses (host).
-pub const SET6: &str = "ztunnel-pods-ips6";
 /// Room of each set in addresses: more than the pods of any node.
 pub const SET_SIZE: u32 = 65536;
-/// Device towards the proxy for traffic to mesh pods (host).
-pub const ISTIOIN: &str = "istioin";
-/// Device towards the proxy for traffic from mesh pods (host).
-pub const ISTIOOUT: &str = "istioout";
-/// The other end of [`ISTIOIN`] (proxy).
-pub const PISTIOIN: &str = "pistioin";
-/// The other end of [`ISTIOOUT`] (proxy).
-pub const PISTIOOUT: &str = "pistioout";
 
-/// Route table of traffic to mesh pods (host), and of local delivery (proxy).
-pub const TABLE_INBOUND: u32 = 100;
-/// Route table of traffic from mesh pods (host).
-pub const TABLE_OUTBOUND: u32 = 101;
-/// Route table of answers to what the proxy dialled (host).
-pub const TABLE_RETURN: u32 = 102;
 /// Route table of local delivery (proxy).
 pub const TABLE_LOCAL: u32 = 100;
 
-/// Rule priorities (host), in the order in which the kernel tries them.
+/// Rule priorities that are always the same.
 pub mod priority {
-    /// What carries the skip mark goes on at the main table's rule.
-    pub const SKIP: u32 = 100;
-    /// What carries the outbound mark goes to the proxy.
-    pub const OUTBOUND: u32 = 101;
-    /// What carries the return mark goes back to the proxy.
-    pub const RETURN: u32 = 102;
-    /// What the host itself sends passes over [`INBOUND`].
-    pub const HOST: u32 = 103;
-    /// Forwarded TCP to mesh pods goes to the proxy.
-    pub const INBOUND: u32 = 104;
-    /// Where [`HOST`] goes on.
-    pub const HOST_END: u32 = 105;
-    /// The kernel's own rule for the main table.
+    /// The kernel's own rule for the main table (host).
     pub const MAIN: u32 = 32766;
     /// TPROXY's mark is delivered locally (proxy).
     pub const TPROXY: u32 = 20000;
@@ -73,14 +44,355 @@ pub const LINK_LOCAL: [Ipv6Addr; 2] = [
     Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2),
 ];
 
-/// Prefix of our chains in both namespaces.
-pub const CHAIN_PREFIX: &str = "ztunnel-";
+/// Longest name of a device in bytes (`IFNAMSIZ` less its end).
+const LONGEST_DEVICE: usize = 15;
+/// Longest name of a set in bytes (`IPSET_MAXNAMELEN` less its end).
+const LONGEST_SET: usize = 31;
+/// Longest name of a chain in bytes (`XT_EXTENSION_MAXNAMELEN` less its end).
+const LONGEST_CHAIN: usize = 28;
+/// The built-in chains that lead to ours.
+const HOOKS: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
+/// Starts of the names of chains that belong to others.
+const FOREIGN_PREFIXES: [&str; 8] = [
+    "KUBE-", "cali-", "CILIUM_", "CNI-", "FLANNEL-", "WEAVE-", "DOCKER", "LIBVIRT",
+];
+/// Tables of the kernel's own: default, main, local (ip-route(8)).
+const KERNELS_TABLES: RangeInclusive<u32> = 253..=255;
+/// Number of our tables on the host.
+const TABLES: u32 = 3;
+/// Number of our rules on the host.
+const PRIORITIES: u32 = 6;
 
-/// Name of the set of a family.
+/// The names and numbers of the host's namespace that a second installation would have as well.
+/// What carries them is ours.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Names {
+    set: String,
+    inbound: String,
+    outbound: String,
+    chain_prefix: String,
+    first_table: u32,
+    first_priority: u32,
+}
+
+/// A name or number that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NamesError {
+    /// A name that is empty, too long, or made of other signs.
+    #[error("{what} {name:?}: use one to {longest} letters, digits, dashes, underscores and dots")]
+    Name {
+        /// What it is the name of.
+        what: &'static str,
+        /// The name.
+        name: String,
+        /// The greatest length.
+        longest: usize,
+    },
+    /// The two devices have one name.
+    #[error("both tunnels' device is {0:?}: give each a name of its own")]
+    SameDevice(String),
+    /// Chains of others start like this.
+    #[error("chain prefix {0:?}: chains of that start belong to others")]
+    ForeignPrefix(String),
+    /// There is no room for our tables.
+    #[error("first table {0}: it and the two after it must be greater than 0 and not 253 to 255")]
+    Table(u32),
+    /// There is no room for our rules.
+    #[error("first priority {0}: it must be between 1 and {max}, before the main table's rule", max = priority::MAIN - PRIORITIES)]
+    Priority(u32),
+}
+
+/// Those of the first Istio Ambient.
+impl Default for Names {
+    fn default() -> Self {
+        Self {
+            set: "ztunnel-pods-ips".to_owned(),
+            inbound: "istioin".to_owned(),
+            outbound: "istioout".to_owned(),
+            chain_prefix: "ztunnel-".to_owned(),
+            first_table: 100,
+            first_priority: 100,
+        }
+    }
+}
+
+impl Names {
+    /// The same with another start of the sets' names.
+    ///
+    /// # Errors
+    /// If no set can be called so.
+    pub fn with_set(self, set: String) -> Result<Self, NamesError> {
+        // One more for the set of IPv6.
+        check("set", &set, LONGEST_SET - 1)?;
+        Ok(Self { set, ..self })
+    }
+
+    /// The same with other devices.
+    ///
+    /// # Errors
+    /// If no devices can be called so, or both are.
+    pub fn with_devices(self, inbound: String, outbound: String) -> Result<Self, NamesError> {
+        for device in [&inbound, &outbound] {
+            // One more in the proxy's namespace.
+            check("device", device, LONGEST_DEVICE - 1)?;
+        }
+        if inbound == outbound {
+            return Err(NamesError::SameDevice(inbound));
+        }
+        Ok(Self {
+            inbound,
+            outbound,
+            ..self
+        })
+    }
+
+    /// The same with another start of the chains' names.
+    ///
+    /// # Errors
+    /// If no chains can be called so.
+    pub fn with_chain_prefix(self, chain_prefix: String) -> Result<Self, NamesError> {
+        let longest_hook = HOOKS
+            .iter()
+            .map(|hook| hook.len())
+            .max()
+            .unwrap_or_default();
+        check("chain prefix", &chain_prefix, LONGEST_CHAIN - longest_hook)?;
+        if is_foreign(&chain_prefix) {
+            return Err(NamesError::ForeignPrefix(chain_prefix));
+        }
+        Ok(Self {
+            chain_prefix,
+            ..self
+        })
+    }
+
+    /// The same with other route tables: this one and the two after it.
+    ///
+    /// # Errors
+    /// If one of them is the kernel's.
+    pub fn with_first_table(self, first_table: u32) -> Result<Self, NamesError> {
+        let last = first_table.checked_add(TABLES - 1);
+        let free = last.is_some_and(|last| {
+            first_table > 0
+                && (last < *KERNELS_TABLES.start() || first_table > *KERNELS_TABLES.end())
+        });
+        if !free {
+            return Err(NamesError::Table(first_table));
+        }
+        Ok(Self {
+            first_table,
+            ..self
+        })
+    }
+
+    /// The same with other priorities of the rules: this one and the five after it.
+    ///
+    /// # Errors
+    /// If they would come after the main table's rule.
+    pub fn with_first_priority(self, first_priority: u32) -> Result<Self, NamesError> {
+        if !(1..=priority::MAIN - PRIORITIES).contains(&first_priority) {
+            return Err(NamesError::Priority(first_priority));
+        }
+        Ok(Self {
+            first_priority,
+            ..self
+        })
+    }
+
+    /// Set of a family's addresses of this node's mesh pods.
+    #[must_use]
+    pub fn set(&self, family: Family) -> String {
+        match family {
+            Family::V4 => self.set.clone(),
+            Family::V6 => format!("{}6", self.set),
+        }
+    }
+
+    /// Device towards the proxy for traffic to mesh pods.
+    #[must_use]
+    pub fn inbound(&self) -> &str {
+        &self.inbound
+    }
+
+    /// Device towards the proxy for traffic from mesh pods.
+    #[must_use]
+    pub fn outbound(&self) -> &str {
+        &self.outbound
+    }
+
+    /// Whether a device of the host or of the proxy has one of our names.
+    #[must_use]
+    pub fn is_device(&self, name: &str) -> bool {
+        [self.inbound(), self.outbound()]
+            .iter()
+            .any(|ours| name == *ours || name == peer(ours))
+    }
+
+    /// Start of our chains' names, in both namespaces. The built-in chain's name follows.
+    #[must_use]
+    pub fn chain_prefix(&self) -> &str {
+        &self.chain_prefix
+    }
+
+    /// The built-in chain that a chain of ours is reached from.
+    #[must_use]
+    pub fn hook<'a>(&self, chain: &'a str) -> Option<&'a str> {
+        chain
+            .strip_prefix(&self.chain_prefix)
+            .filter(|hook| HOOKS.contains(hook))
+    }
+
+    /// Whether a chain is one that another installation of Ambit reaches from this built-in chain. It
+    /// leaves alone what carries none of its marks, so its jump may stand before ours.
+    #[must_use]
+    pub fn is_neighbour(&self, chain: &str, hook: &str) -> bool {
+        chain.strip_suffix(hook).is_some_and(|prefix| {
+            !prefix.is_empty() && prefix != self.chain_prefix && !is_foreign(prefix)
+        })
+    }
+
+    /// Route table of traffic to mesh pods.
+    #[must_use]
+    pub fn table_inbound(&self) -> u32 {
+        self.first_table
+    }
+
+    /// Route table of traffic from mesh pods.
+    #[must_use]
+    pub fn table_outbound(&self) -> u32 {
+        self.first_table + 1
+    }
+
+    /// Route table of answers to what the proxy dialled.
+    #[must_use]
+    pub fn table_return(&self) -> u32 {
+        self.first_table + 2
+    }
+
+    /// Whether a route table of the host is ours.
+    #[must_use]
+    pub fn is_table(&self, table: u32) -> bool {
+        (self.first_table..self.first_table + TABLES).contains(&table)
+    }
+
+    /// Priority: what carries the skip mark goes on at the main table's rule.
+    #[must_use]
+    pub fn priority_skip(&self) -> u32 {
+        self.first_priority
+    }
+
+    /// Priority: what carries the outbound mark goes to the proxy.
+    #[must_use]
+    pub fn priority_outbound(&self) -> u32 {
+        self.first_priority + 1
+    }
+
+    /// Priority: what carries the return mark goes back to the proxy.
+    #[must_use]
+    pub fn priority_return(&self) -> u32 {
+        self.first_priority + 2
+    }
+
+    /// Priority: what the host itself sends passes over [`Self::priority_inbound`].
+    #[must_use]
+    pub fn priority_host(&self) -> u32 {
+        self.first_priority + 3
+    }
+
+    /// Priority: forwarded TCP to mesh pods goes to the proxy.
+    #[must_use]
+    pub fn priority_inbound(&self) -> u32 {
+        self.first_priority + 4
+    }
+
+    /// Priority: where [`Self::priority_host`] goes on.
+    #[must_use]
+    pub fn priority_host_end(&self) -> u32 {
+        self.first_priority + 5
+    }
+
+    /// Whether a rule of the host has one of our priorities.
+    #[must_use]
+    pub fn is_priority(&self, priority: u32) -> bool {
+        (self.first_priority..self.first_priority + PRIORITIES).contains(&priority)
+    }
+}
+
+/// Name of the other end of a device of the host, in the proxy's namespace.
 #[must_use]
-pub fn set(family: Family) -> &'static str {
-    match family {
-        Family::V4 => SET,
-        Family::V6 => SET6,
+pub fn peer(device: &str) -> String {
+    format!("p{device}")
+}
+
+fn is_foreign(prefix: &str) -> bool {
+    FOREIGN_PREFIXES
+        .iter()
+        .any(|start| prefix.starts_with(start) || start.starts_with(prefix))
+}
+
+fn check(what: &'static str, name: &str, longest: usize) -> Result<(), NamesError> {
+    let is_sign = |sign: char| sign.is_ascii_alphanumeric() || "-_.".contains(sign);
+    if name.is_empty() || name.len() > longest || !name.chars().all(is_sign) {
+        return Err(NamesError::Name {
+            what,
+            name: name.to_owned(),
+            longest,
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_the_kernel_or_others_would_not_take_are_refused() {
+        let names = Names::default;
+        let text = str::to_owned;
+        assert!(names().with_set(text("mesh-two")).is_ok());
+        assert!(names().with_set("x".repeat(31)).is_err());
+        assert!(names().with_set(text("a b")).is_err());
+        assert!(names().with_devices(text("in0"), text("out0")).is_ok());
+        assert_eq!(
+            names().with_devices(text("in0"), text("in0")),
+            Err(NamesError::SameDevice(text("in0")))
+        );
+        assert!(names().with_devices("d".repeat(15), text("out0")).is_err());
+        assert!(names().with_chain_prefix(text("mesh2-")).is_ok());
+        assert_eq!(
+            names().with_chain_prefix(text("KUBE-")),
+            Err(NamesError::ForeignPrefix(text("KUBE-")))
+        );
+        assert!(names().with_chain_prefix(text("")).is_err());
+        assert!(names().with_first_table(1100).is_ok());
+        for table in [0, 251, 255, u32::MAX] {
+            assert_eq!(
+                names().with_first_table(table),
+                Err(NamesError::Table(table))
+            );
+        }
+        assert!(names().with_first_priority(32760).is_ok());
+        for priority in [0, 32761] {
+            assert_eq!(
+                names().with_first_priority(priority),
+                Err(NamesError::Priority(priority))
+            );
+        }
+    }
+
+    #[test]
+    fn only_our_prefix_before_a_built_in_chain_is_ours() {
+        let names = Names::default();
+        assert_eq!(names.hook("ztunnel-INPUT"), Some("INPUT"));
+        assert_eq!(names.hook("ztunnel-POSTROUTING-2"), None);
+        assert_eq!(names.hook("KUBE-INPUT"), None);
+        assert!(names.is_neighbour("second-INPUT", "INPUT"));
+        for other in ["ztunnel-INPUT", "cali-INPUT", "second-OUTPUT", "INPUT"] {
+            assert!(!names.is_neighbour(other, "INPUT"), "{other}");
+        }
+        assert!(names.is_device("pistioin") && !names.is_device("istioin0"));
+        assert!(names.is_table(102) && !names.is_table(103));
+        assert!(names.is_priority(105) && !names.is_priority(106));
     }
 }

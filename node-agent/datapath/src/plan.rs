@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::datapath::{Datapath, Item, Place, Route, Target};
-use crate::names::{ISTIOIN, ISTIOOUT, TABLE_INBOUND, TABLE_OUTBOUND};
+use crate::names::peer;
 
 /// Steps, in order. Empty when nothing is to be done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -130,12 +130,12 @@ fn remove_early(
 
 /// A route that hands traffic to the proxy.
 fn is_to_proxy(item: &Item) -> bool {
-    matches!(item, Item::Route(Route { target: Target::Via { device, .. }, .. })
-        if [ISTIOIN, ISTIOOUT].contains(&device.as_str()))
+    matches!(item, Item::Route(route) if route.leads_into_a_tunnel())
 }
 
 fn is_outbound(item: &Item) -> bool {
-    is_to_proxy(item) && matches!(item, Item::Route(route) if route.table == TABLE_OUTBOUND)
+    matches!(item, Item::Route(route)
+        if route.leads_into_a_tunnel() && route.destination.prefix_len() == 0)
 }
 
 /// Place of an item in the order of making.
@@ -159,7 +159,7 @@ fn rank(item: &Item) -> u8 {
 /// that it is reachable all the time.
 fn removal_rank(item: &Item) -> u8 {
     match item {
-        Item::Route(route) if refuses(route) && route.table == TABLE_INBOUND => 0,
+        Item::Route(route) if refuses(route) && route.pod().is_some() => 0,
         other => 10 - rank(other),
     }
 }
@@ -186,7 +186,7 @@ fn without_lost(desired: &Datapath, observed: &Datapath) -> Datapath {
         left.side_mut(place).retain(|item| !on_lost(item));
         // The other end of a lost veth pair goes with it.
         if place == Place::Host {
-            let peers: BTreeSet<String> = lost.iter().map(|name| format!("p{name}")).collect();
+            let peers: BTreeSet<String> = lost.iter().map(|name| peer(name)).collect();
             left.proxy
                 .retain(|item| !item.device().is_some_and(|device| peers.contains(device)));
         }

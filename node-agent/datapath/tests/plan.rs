@@ -8,9 +8,9 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 
 use bed::{dual, input};
-use datapath::datapath::{Route, Rule, Table};
+use datapath::datapath::{Member, Route, Rule, Table};
 use datapath::kernel::recorded::{RecordedKernel, take};
-use datapath::names::{TABLE_INBOUND, TABLE_OUTBOUND, priority};
+use datapath::names::Names;
 use datapath::netns::Netns;
 use datapath::{
     Datapath, FailureMode, Family, Item, Kernel, MeshPod, NodeInput, Place, TunnelKind, build, plan,
@@ -101,7 +101,12 @@ fn run<T>(work: impl Future<Output = T>) -> T {
 
 /// Why a member's traffic would go out in the clear, if it would.
 fn leak(host: &BTreeSet<Item>, pod: IpAddr) -> Option<&'static str> {
-    if !host.contains(&Item::Member(pod)) {
+    let names = Names::default();
+    let member = Member {
+        set: names.set(Family::of(pod)),
+        ip: pod,
+    };
+    if !host.contains(&Item::Member(member)) {
         return Some("it is no member of the set");
     }
     let family = Family::of(pod);
@@ -117,17 +122,17 @@ fn leak(host: &BTreeSet<Item>, pod: IpAddr) -> Option<&'static str> {
             item,
             Item::Rule(Rule {
                 family: of,
-                priority: priority::OUTBOUND,
+                priority,
                 ..
-            }) if *of == family
+            }) if *of == family && *priority == names.priority_outbound()
         )
     });
     if !is_sent {
         return Some("no rule sends it to table 101");
     }
     let ends = host.iter().any(|item| {
-        matches!(item, Item::Route(Route { table: TABLE_OUTBOUND, destination, .. })
-            if *destination == family.everywhere())
+        matches!(item, Item::Route(Route { table, destination, .. })
+            if *table == names.table_outbound() && *destination == family.everywhere())
     });
     (!ends).then_some("table 101 has no default route, so that it falls through to the main table")
 }
@@ -197,8 +202,7 @@ proptest! {
                 take(&mut state, &step);
                 continue;
             };
-            let leads = route.target != datapath::datapath::Target::Unreachable;
-            if step.place == Place::Host && leads && [TABLE_INBOUND, TABLE_OUTBOUND].contains(&route.table) {
+            if step.place == Place::Host && route.leads_into_a_tunnel() {
                 let chains = |side: &BTreeSet<Item>| side.iter().any(|item| matches!(item, Item::Chains(chains) if chains.table == Table::Mangle));
                 prop_assert!(chains(&state.host) && chains(&state.proxy), "{step} comes too early");
                 prop_assert!(state.host.iter().any(|item| matches!(item, Item::Link(_))));

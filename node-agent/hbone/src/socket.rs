@@ -38,7 +38,12 @@ impl DialError {
 /// kernel has no IPv6. A socket for each: one for both would show IPv4 addresses as IPv4-mapped ones.
 pub(crate) fn listen(port: u16) -> io::Result<Vec<TcpListener>> {
     let v4 = listen_at(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))?;
-    match listen_at(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))) {
+    let v6 = listen_at(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)));
+    with_ipv6(v4, v6)
+}
+
+fn with_ipv6<S>(v4: S, v6: io::Result<S>) -> io::Result<Vec<S>> {
+    match v6 {
         Ok(v6) => Ok(vec![v4, v6]),
         Err(error) if error.raw_os_error() == Some(Errno::EAFNOSUPPORT as i32) => Ok(vec![v4]),
         Err(error) => Err(error),
@@ -119,5 +124,27 @@ fn prepare(source: Option<IpAddr>, to: SocketAddr) -> io::Result<TcpSocket> {
 pub(crate) fn reset(stream: TcpStream) {
     if let Err(error) = stream.set_zero_linger() {
         tracing::debug!(%error, "reset a connection");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_kernel_without_ipv6_is_content_with_ipv4() {
+        let failed = |errno: Errno| Err(io::Error::from_raw_os_error(errno as i32));
+        assert_eq!(with_ipv6(4, Ok(6)).unwrap(), [4, 6]);
+        assert_eq!(with_ipv6(4, failed(Errno::EAFNOSUPPORT)).unwrap(), [4]);
+        assert!(with_ipv6(4, failed(Errno::EADDRINUSE)).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_dial_between_families_says_so() {
+        let source = Some(IpAddr::from(Ipv4Addr::LOCALHOST));
+        let to = SocketAddr::from((Ipv6Addr::LOCALHOST, 80));
+        let error = dial(source, to).await.unwrap_err().to_string();
+        let expected = "[::1]:80 cannot be reached from 127.0.0.1: one is IPv4, the other IPv6";
+        assert_eq!(error, expected);
     }
 }

@@ -73,6 +73,7 @@ mod tests {
     use IptablesBackend::{Legacy, Nft};
 
     use super::*;
+    use crate::names::Names;
 
     const NONE: Usage = Usage {
         ours: false,
@@ -154,6 +155,7 @@ COMMIT
 COMMIT
 "
             .to_owned(),
+            names: Names::default(),
         };
         let expected = Usage {
             ours: true,

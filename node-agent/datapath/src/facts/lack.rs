@@ -144,7 +144,6 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::family::Family;
 
     fn of_message(message: &str) -> Option<Lack> {
         let error = IptablesError::Failed {
@@ -202,7 +201,7 @@ iptables-restore: line 4 failed";
     fn a_set_that_the_kernel_lacks_or_forbids_is_told() {
         let of = |message: &str| {
             let error = IpSetError::Library {
-                family: Family::V4,
+                set: "ztunnel-pods-ips".to_owned(),
                 action: "create",
                 message: message.to_owned(),
             };

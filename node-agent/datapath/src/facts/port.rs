@@ -16,7 +16,6 @@ use super::FactsError;
 use super::obstacle::Obstacle;
 use crate::datapath::Link;
 use crate::kernel::netlink::name;
-use crate::names::{ISTIOIN, ISTIOOUT};
 use crate::netns::Netns;
 
 /// A geneve device of somebody else, or of ours.
@@ -38,6 +37,7 @@ pub(super) fn taken(
     wanted: &[&Link],
 ) -> Option<Obstacle> {
     let devices: Vec<Geneve> = links.iter().filter_map(geneve).collect();
+    let is_ours = |device: &Geneve| wanted.iter().any(|link| link.name() == device.name);
     let by = |port: u16, by: String| Obstacle::GenevePort { port, by };
     for link in wanted {
         let Link::Geneve {
@@ -48,7 +48,7 @@ pub(super) fn taken(
         };
         if let Some(device) = devices
             .iter()
-            .find(|device| device.hinders(*vni, *remote, *port))
+            .find(|device| !is_ours(device) && device.hinders(*vni, *remote, *port))
         {
             return Some(by(*port, format!("the geneve device {}", device.name)));
         }
@@ -72,9 +72,8 @@ pub(super) fn taken(
 impl Geneve {
     /// Whether the kernel refuses another device of this number, remote and port.
     fn hinders(&self, vni: u32, remote: IpAddr, port: u16) -> bool {
-        let ours = [ISTIOIN, ISTIOOUT].contains(&self.name.as_str());
         let same = self.vni == vni && self.remote == Some(remote);
-        !ours && self.port == port && (self.external || same)
+        self.port == port && (self.external || same)
     }
 }
 
@@ -205,7 +204,7 @@ mod tests {
     /// Who takes the port, if anybody does.
     fn takes(links: &[LinkMessage], sockets: &[&str]) -> Option<String> {
         let ours = Link::Geneve {
-            name: ISTIOIN.to_owned(),
+            name: "istioin".to_owned(),
             vni: 1000,
             remote: PROXY.into(),
             port: 6081,
@@ -234,7 +233,7 @@ mod tests {
             Some("the geneve device g0")
         );
         assert_eq!(takes(&[plain("g0", 7)], &["0.0.0.0:6081"]), None);
-        assert_eq!(takes(&[plain(ISTIOIN, 1000)], &["0.0.0.0:6081"]), None);
+        assert_eq!(takes(&[plain("istioin", 1000)], &["0.0.0.0:6081"]), None);
     }
 
     #[test]

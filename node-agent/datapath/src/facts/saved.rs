@@ -1,13 +1,15 @@
 //! What `iptables-save` prints, line by line.
 
 use crate::input::IptablesBackend;
-use crate::names::CHAIN_PREFIX;
+use crate::names::Names;
 
 /// The whole of it, of one backend and one family.
 #[derive(Clone, Debug)]
 pub(super) struct Saved {
     pub(super) backend: IptablesBackend,
     pub(super) text: String,
+    /// What is ours in it.
+    pub(super) names: Names,
 }
 
 /// A rule of somebody else.
@@ -28,23 +30,28 @@ impl Saved {
                 table = name;
             }
             let chain = line.strip_prefix("-A ")?.split(' ').next()?;
-            let ours = is_ours(line);
-            (!ours).then_some(Rule {
+            let rule = Rule {
                 table,
                 chain,
                 text: line,
-            })
+            };
+            let ours = self.is_ours(chain) || rule.target().is_some_and(|to| self.is_ours(to));
+            (!ours).then_some(rule)
         })
     }
 
     /// Chains that are neither the kernel's own nor ours, by table.
     pub(super) fn foreign_chains(&self) -> impl Iterator<Item = &str> {
-        self.chains().filter(|name| !is_ours(name))
+        self.chains().filter(|name| !self.is_ours(name))
     }
 
     /// Whether a chain of ours is in it.
     pub(super) fn has_ours(&self) -> bool {
-        self.chains().any(is_ours)
+        self.chains().any(|name| self.is_ours(name))
+    }
+
+    fn is_ours(&self, chain: &str) -> bool {
+        self.names.hook(chain).is_some()
     }
 
     /// Chains that somebody made: they have no policy.
@@ -70,8 +77,4 @@ impl<'a> Rule<'a> {
     pub(super) fn target(self) -> Option<&'a str> {
         self.value("-j").or_else(|| self.value("-g"))
     }
-}
-
-fn is_ours(text: &str) -> bool {
-    text.contains(CHAIN_PREFIX)
 }

@@ -117,6 +117,7 @@ fn interface(rule: Rule<'_>, device: &str) -> Interface {
 mod tests {
     use super::*;
     use crate::input::IptablesBackend;
+    use crate::names::Names;
 
     /// Calico's raw table, with what Felix puts into its chain for exempted pods.
     fn calico(exempted: &str) -> Saved {
@@ -143,6 +144,7 @@ mod tests {
         Saved {
             backend: IptablesBackend::Nft,
             text,
+            names: Names::default(),
         }
     }
 

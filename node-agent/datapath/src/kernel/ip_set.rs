@@ -1,15 +1,14 @@
-//! The sets of mesh pods' addresses, one a family: read through netlink, written through libipset.
+//! The sets of mesh pods' addresses, one a family, through libipset.
 
-use std::net::IpAddr;
+use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 
 use ipset::Session;
-use ipset::types::HashIp;
+use ipset::types::{HashIp, ListResult};
 
-use crate::datapath::Item;
+use crate::datapath::{AddressSet, Item, Member};
 use crate::family::Family;
-use crate::kernel::netfilter::Netfilter;
-use crate::names::{self, SET_SIZE};
+use crate::names::{Names, SET_SIZE};
 use crate::netns::Netns;
 
 /// The set could not be read or changed.
@@ -18,20 +17,14 @@ pub enum IpSetError {
     /// The namespace could not be entered.
     #[error("enter the network namespace to reach the sets of addresses")]
     Enter(#[source] std::io::Error),
-    /// The set could not be read.
-    #[error("list set {}", names::set(*.0))]
-    List(Family, #[source] std::io::Error),
     /// The set has no room left.
-    #[error("set {} is full: it cannot take {ip}", names::set(Family::of(*.ip)))]
-    Full {
-        /// The address.
-        ip: IpAddr,
-    },
+    #[error("set {} is full: it cannot take {}", .0.set, .0.ip)]
+    Full(Member),
     /// libipset said no.
-    #[error("{action} set {}: {message}", names::set(*.family))]
+    #[error("{action} set {set}: {message}")]
     Library {
-        /// The family of the set.
-        family: Family,
+        /// Name of the set.
+        set: String,
         /// What was tried.
         action: &'static str,
         /// What libipset said.
@@ -39,9 +32,9 @@ pub enum IpSetError {
     },
 }
 
-fn failed(action: &'static str, family: Family) -> impl Fn(ipset::types::Error) -> IpSetError {
+fn failed(action: &'static str, set: &str) -> impl Fn(ipset::types::Error) -> IpSetError {
     move |error| IpSetError::Library {
-        family,
+        set: set.to_owned(),
         action,
         message: error.to_string(),
     }
@@ -58,71 +51,87 @@ fn within<T: Send, E: Send>(
     netns.run(work).map_err(IpSetError::Enter)
 }
 
-fn session(family: Family) -> Session<HashIp> {
-    Session::new(names::set(family).to_owned())
+fn session(name: &str) -> Session<HashIp> {
+    Session::new(name.to_owned())
 }
 
 /// The sets and their members.
-pub(super) fn observe(netfilter: &Netfilter) -> Result<Vec<Item>, IpSetError> {
-    let mut items = Vec::new();
-    for family in Family::ALL {
-        let members = netfilter
-            .members(names::set(family))
-            .map_err(|error| IpSetError::List(family, error))?;
-        let Some(members) = members else { continue };
-        items.push(Item::Set(family));
-        items.extend(members.into_iter().map(Item::Member));
-    }
+pub(super) fn observe(netns: &Netns, names: &Names) -> Result<Vec<Item>, IpSetError> {
+    let sets = Family::ALL.map(|family| AddressSet {
+        name: names.set(family),
+        family,
+    });
+    within(netns, || {
+        let mut items = Vec::new();
+        for set in sets {
+            items.extend(observe_one(set)?);
+        }
+        Ok(items)
+    })?
+}
+
+fn observe_one(set: AddressSet) -> Result<Vec<Item>, IpSetError> {
+    let list = match session(&set.name).list() {
+        Ok(ListResult::Normal(list)) => list,
+        Ok(ListResult::Terse(_)) => return Ok(Vec::new()),
+        Err(error) if error.to_string().contains("does not exist") => return Ok(Vec::new()),
+        Err(error) => return Err(failed("list", &set.name)(error)),
+    };
+    let members = list.items.unwrap_or_default();
+    let members = members.into_iter().map(|(member, _)| {
+        Item::Member(Member {
+            set: set.name.clone(),
+            ip: member.to_ip_addr(),
+        })
+    });
+    let mut items: Vec<Item> = members.collect();
+    items.push(Item::Set(set));
     Ok(items)
 }
 
-pub(super) fn create(netns: &Netns, family: Family) -> Result<(), IpSetError> {
+pub(super) fn create(netns: &Netns, set: &AddressSet) -> Result<(), IpSetError> {
     within(netns, || {
-        session(family)
+        session(&set.name)
             .create(|builder| {
                 builder
-                    .with_ipv6(family == Family::V6)?
+                    .with_ipv6(set.family == Family::V6)?
                     .with_max_elem(SET_SIZE)?
                     .build()
             })
             .map(drop)
-            .map_err(failed("create", family))
+            .map_err(failed("create", &set.name))
     })?
 }
 
-pub(super) fn destroy(netns: &Netns, family: Family) -> Result<(), IpSetError> {
+pub(super) fn destroy(netns: &Netns, set: &AddressSet) -> Result<(), IpSetError> {
     within(netns, || {
-        session(family)
+        session(&set.name)
             .destroy()
             .map(drop)
-            .map_err(failed("destroy", family))
+            .map_err(failed("destroy", &set.name))
     })?
 }
 
-/// Adds (`true`) and removes (`false`) addresses, in one session a family; the index of the one that
-/// failed.
+/// Adds (`true`) and removes (`false`) members, in one session a set; the index of the one that failed.
 pub(super) fn change_members(
     netns: &Netns,
-    changes: &[(IpAddr, bool)],
+    changes: &[(&Member, bool)],
 ) -> Result<(), (usize, IpSetError)> {
+    let sets: BTreeSet<&str> = changes
+        .iter()
+        .map(|(member, _)| member.set.as_str())
+        .collect();
     let changed = within(netns, || {
-        for family in Family::ALL {
-            let mut of_family = changes
-                .iter()
-                .enumerate()
-                .filter(|(_, (ip, _))| Family::of(*ip) == family)
-                .peekable();
-            if of_family.peek().is_none() {
-                continue;
-            }
-            let mut session = session(family);
-            for (index, (ip, add)) in of_family {
+        for set in sets {
+            let mut session = session(set);
+            let of_set = changes.iter().enumerate();
+            for (index, (member, add)) in of_set.filter(|(_, (member, _))| member.set == set) {
                 let changed = if *add {
-                    session.add(*ip, &[])
+                    session.add(member.ip, &[])
                 } else {
-                    session.del(*ip)
+                    session.del(member.ip)
                 };
-                changed.map_err(|error| (index, member_error(*ip, *add, &error)))?;
+                changed.map_err(|error| (index, member_error(member, *add, &error)))?;
             }
         }
         Ok(())
@@ -130,13 +139,13 @@ pub(super) fn change_members(
     changed.map_err(|error| (0, error))?
 }
 
-fn member_error(ip: IpAddr, add: bool, error: &ipset::types::Error) -> IpSetError {
+fn member_error(member: &Member, add: bool, error: &ipset::types::Error) -> IpSetError {
     let message = error.to_string();
     if message.contains("full") {
-        return IpSetError::Full { ip };
+        return IpSetError::Full(member.clone());
     }
     IpSetError::Library {
-        family: Family::of(ip),
+        set: member.set.clone(),
         action: if add { "add to" } else { "remove from" },
         message,
     }

@@ -9,7 +9,7 @@ use std::process::{Command, Output, Stdio};
 use crate::datapath::{Chain, Chains, Item, Table};
 use crate::family::Family;
 use crate::input::IptablesBackend;
-use crate::names::CHAIN_PREFIX;
+use crate::names::Names;
 use crate::netns::Netns;
 
 /// The programs of one backend.
@@ -49,10 +49,6 @@ impl Iptables {
         Self { backend }
     }
 
-    pub(super) fn backend(self) -> IptablesBackend {
-        self.backend
-    }
-
     fn save_program(self, family: Family) -> &'static str {
         match (self.backend, family) {
             (IptablesBackend::Nft, Family::V4) => "iptables-nft-save",
@@ -79,13 +75,15 @@ impl Iptables {
         self,
         family: Family,
         table: Table,
+        names: &Names,
         netns: &Netns,
     ) -> Result<Option<Chains>, IptablesError> {
         let saved = self.save(family, table, netns)?;
-        let chains = parse(&saved);
+        let chains = parse(&saved, names);
         Ok((!chains.is_empty()).then_some(Chains {
             family,
             table,
+            prefix: names.chain_prefix().to_owned(),
             chains,
         }))
     }
@@ -124,13 +122,20 @@ impl Iptables {
             _ => None,
         };
         let (old, new) = (as_chains(old), as_chains(new));
-        let Some(Chains { family, table, .. }) = new.as_ref().or(old.as_ref()) else {
+        let Some(Chains {
+            family,
+            table,
+            prefix,
+            ..
+        }) = new.as_ref().or(old.as_ref())
+        else {
             return Ok(());
         };
         let (family, table) = (*family, *table);
         let none = BTreeMap::new();
         let text = transaction(
             table,
+            prefix,
             old.as_ref().map_or(&none, |chains| &chains.chains),
             new.as_ref().map_or(&none, |chains| &chains.chains),
         );
@@ -188,7 +193,7 @@ fn child(program: &str, arguments: &[&str], input: &str) -> io::Result<Output> {
 }
 
 /// Our chains in what `iptables-save` printed, by built-in chain.
-pub(crate) fn parse(saved: &str) -> BTreeMap<String, Chain> {
+pub(crate) fn parse(saved: &str, names: &Names) -> BTreeMap<String, Chain> {
     let mut chains: BTreeMap<String, Chain> = BTreeMap::new();
     let mut places: BTreeMap<&str, usize> = BTreeMap::new();
     for line in saved.lines() {
@@ -196,7 +201,7 @@ pub(crate) fn parse(saved: &str) -> BTreeMap<String, Chain> {
             .strip_prefix(':')
             .and_then(|rest| rest.split(' ').next())
         {
-            if let Some(hook) = name.strip_prefix(CHAIN_PREFIX) {
+            if let Some(hook) = names.hook(name) {
                 chains.entry(hook.to_owned()).or_default();
             }
             continue;
@@ -207,7 +212,7 @@ pub(crate) fn parse(saved: &str) -> BTreeMap<String, Chain> {
         else {
             continue;
         };
-        if let Some(hook) = name.strip_prefix(CHAIN_PREFIX) {
+        if let Some(hook) = names.hook(name) {
             chains
                 .entry(hook.to_owned())
                 .or_default()
@@ -216,11 +221,11 @@ pub(crate) fn parse(saved: &str) -> BTreeMap<String, Chain> {
             continue;
         }
         let place = places.entry(name).or_default();
-        if rule
-            .strip_prefix("-j ")
-            .and_then(|to| to.strip_prefix(CHAIN_PREFIX))
-            == Some(name)
-        {
+        let jump = rule.strip_prefix("-j ");
+        if jump.is_some_and(|to| names.is_neighbour(to, name)) {
+            continue;
+        }
+        if jump.and_then(|to| names.hook(to)) == Some(name) {
             chains
                 .entry(name.to_owned())
                 .or_default()
@@ -235,32 +240,33 @@ pub(crate) fn parse(saved: &str) -> BTreeMap<String, Chain> {
 /// The input of `iptables-restore --noflush` that leads from `old` to `new`.
 fn transaction(
     table: Table,
+    prefix: &str,
     old: &BTreeMap<String, Chain>,
     new: &BTreeMap<String, Chain>,
 ) -> String {
     let mut text = format!("*{}\n", table.name());
     // Writing to a String cannot fail. Declaring a chain empties it.
     for hook in old.keys().chain(new.keys()) {
-        let _ = writeln!(text, ":{CHAIN_PREFIX}{hook} - [0:0]");
+        let _ = writeln!(text, ":{prefix}{hook} - [0:0]");
     }
     for (hook, chain) in new {
         for rule in &chain.rules {
-            let _ = writeln!(text, "-A {CHAIN_PREFIX}{hook} {rule}");
+            let _ = writeln!(text, "-A {prefix}{hook} {rule}");
         }
     }
     for (hook, chain) in old {
         let keeps = new.get(hook).is_some_and(|new| new.jumps == chain.jumps);
         for _ in chain.jumps.iter().filter(|_| !keeps) {
-            let _ = writeln!(text, "-D {hook} -j {CHAIN_PREFIX}{hook}");
+            let _ = writeln!(text, "-D {hook} -j {prefix}{hook}");
         }
     }
     for (hook, chain) in new {
         if old.get(hook).is_none_or(|old| old.jumps != chain.jumps) {
-            let _ = writeln!(text, "-I {hook} 1 -j {CHAIN_PREFIX}{hook}");
+            let _ = writeln!(text, "-I {hook} 1 -j {prefix}{hook}");
         }
     }
     for hook in old.keys().filter(|hook| !new.contains_key(*hook)) {
-        let _ = writeln!(text, "-X {CHAIN_PREFIX}{hook}");
+        let _ = writeln!(text, "-X {prefix}{hook}");
     }
     text + "COMMIT\n"
 }
@@ -284,7 +290,7 @@ COMMIT
 
     #[test]
     fn only_our_chains_and_the_jumps_to_them_are_read() {
-        let chains = parse(SAVED);
+        let chains = parse(SAVED, &Names::default());
         assert_eq!(chains.keys().collect::<Vec<_>>(), ["INPUT", "PREROUTING"]);
         assert_eq!(chains["PREROUTING"].jumps, [1]);
         assert_eq!(chains["PREROUTING"].rules.len(), 2);
@@ -293,7 +299,7 @@ COMMIT
 
     #[test]
     fn a_jump_in_the_wrong_place_is_moved_to_the_first() {
-        let old = parse(SAVED);
+        let old = parse(SAVED, &Names::default());
         let mut new = old.clone();
         new.insert(
             "PREROUTING".to_owned(),
@@ -302,7 +308,7 @@ COMMIT
                 rules: vec!["-j RETURN".to_owned()],
             },
         );
-        let text = transaction(Table::Mangle, &old, &new);
+        let text = transaction(Table::Mangle, "ztunnel-", &old, &new);
         assert!(text.contains(
             "-D PREROUTING -j ztunnel-PREROUTING\n-I PREROUTING 1 -j ztunnel-PREROUTING"
         ));
@@ -310,7 +316,12 @@ COMMIT
 
     #[test]
     fn removal_leaves_neither_jump_nor_chain() {
-        let text = transaction(Table::Mangle, &parse(SAVED), &BTreeMap::new());
+        let text = transaction(
+            Table::Mangle,
+            "ztunnel-",
+            &parse(SAVED, &Names::default()),
+            &BTreeMap::new(),
+        );
         assert!(text.contains("-D PREROUTING -j ztunnel-PREROUTING"));
         assert!(text.contains("-X ztunnel-PREROUTING"));
         assert!(text.contains("-X ztunnel-INPUT"));

@@ -3,15 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use crate::datapath::{Datapath, Item, Place, Table};
+use crate::datapath::{Datapath, Item, Member, Place, Table};
 use crate::family::Family;
 use crate::input::IptablesBackend;
 use crate::kernel::ip_set;
 use crate::kernel::iptables::{Iptables, IptablesError};
-use crate::kernel::netfilter::Netfilter;
 use crate::kernel::netlink::Netlink;
-use crate::kernel::seen::{Seen, Trust};
 use crate::kernel::{ApplyError, Kernel, KernelError, sysctl};
+use crate::names::Names;
 use crate::netns::Netns;
 use crate::plan::{Change, Plan, Step};
 
@@ -25,6 +24,7 @@ pub struct LinuxKernel {
     proxy: Option<Side>,
     backend: IptablesBackend,
     proc_root: PathBuf,
+    names: Names,
 }
 
 /// One namespace.
@@ -32,30 +32,12 @@ pub struct LinuxKernel {
 struct Side {
     netns: Netns,
     netlink: Netlink,
-    netfilter: Netfilter,
     iptables: Iptables,
-    seen: Seen,
-}
-
-/// How closely to look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Look {
-    /// At everything.
-    Close,
-    /// Not at chains, unless they have been written to.
-    Brief,
 }
 
 impl LinuxKernel {
-    /// The kernel without a proxy. `proc_root` is where `/proc/sys/net` can be written.
-    ///
-    /// # Errors
-    /// If netlink cannot be opened.
-    pub fn new(backend: IptablesBackend, proc_root: PathBuf) -> Result<Self, KernelError> {
-        Self::in_namespace(Netns::own(), backend, proc_root)
-    }
-
-    /// A kernel whose host side is another namespace than this process's own.
+    /// The kernel whose host side is this namespace, without a proxy. `proc_root` is where
+    /// `/proc/sys/net` can be written.
     ///
     /// # Errors
     /// If the namespace cannot be entered.
@@ -63,6 +45,7 @@ impl LinuxKernel {
         host: Netns,
         backend: IptablesBackend,
         proc_root: PathBuf,
+        names: Names,
     ) -> Result<Self, KernelError> {
         let host = Side::open(host, Place::Host, backend)?;
         Ok(Self {
@@ -70,6 +53,7 @@ impl LinuxKernel {
             proxy: None,
             backend,
             proc_root,
+            names,
         })
     }
 
@@ -83,35 +67,20 @@ impl LinuxKernel {
         Ok(read.map_err(|error| KernelError::Enter(Place::Host, error))??)
     }
 
-    async fn look(&self, interest: &Datapath, look: Look) -> Result<Datapath, KernelError> {
-        let host = self.observe_host(&interest.host, look).await?;
-        let mut proxy = BTreeSet::new();
-        if let Some(side) = &self.proxy {
-            proxy = self
-                .observe_side(side, Place::Proxy, &interest.proxy)
-                .await?;
-            let wanted = chains(&interest.proxy, &proxy);
-            proxy.extend(side.chains(wanted, &[Table::Mangle], look).await?);
-        }
-        Ok(Datapath { host, proxy })
-    }
-
-    async fn observe_host(
-        &self,
-        interest: &BTreeSet<Item>,
-        look: Look,
-    ) -> Result<BTreeSet<Item>, KernelError> {
+    async fn observe_host(&self, interest: &BTreeSet<Item>) -> Result<BTreeSet<Item>, KernelError> {
         let side = &self.host;
         let mut items = self.observe_side(side, Place::Host, interest).await?;
         let peers = match &self.proxy {
             Some(proxy) => proxy.netlink.link_indices().await?,
             None => BTreeMap::new(),
         };
-        items.extend(side.netlink.host_links(&peers).await?);
+        items.extend(side.netlink.host_links(&self.names, &peers).await?);
         let wanted = chains(interest, &items);
-        let tables = [Table::Mangle, Table::Nat];
-        items.extend(side.chains(wanted, &tables, look).await?);
-        items.extend(ip_set::observe(&side.netfilter)?);
+        items.extend(
+            self.chains(side, wanted, &[Table::Mangle, Table::Nat])
+                .await?,
+        );
+        items.extend(ip_set::observe(&side.netns, &self.names)?);
         Ok(items)
     }
 
@@ -121,9 +90,29 @@ impl LinuxKernel {
         place: Place,
         interest: &BTreeSet<Item>,
     ) -> Result<BTreeSet<Item>, KernelError> {
-        let mut items = side.netlink.observe(place).await?;
+        let mut items = side.netlink.observe(place, &self.names).await?;
         items.extend(sysctl::observe(&self.proc_root, &side.netns, interest)?);
         Ok(items)
+    }
+
+    /// Our chains of some tables, read all at once. Programs run on threads of their own: they take
+    /// tens of milliseconds.
+    async fn chains(
+        &self,
+        side: &Side,
+        families: &[Family],
+        tables: &[Table],
+    ) -> Result<Vec<Item>, IptablesError> {
+        let of_one = |family, table| {
+            let (iptables, netns) = (side.iptables, side.netns.clone());
+            let names = self.names.clone();
+            aside(move || iptables.observe(family, table, &names, &netns))
+        };
+        let all = families
+            .iter()
+            .flat_map(|family| tables.iter().map(move |table| of_one(*family, *table)));
+        let found = futures::future::try_join_all(all).await?;
+        Ok(found.into_iter().flatten().map(Item::Chains).collect())
     }
 
     /// Takes steps of one kind in one place; the index of the one that failed.
@@ -177,11 +166,16 @@ impl Kernel for LinuxKernel {
     }
 
     async fn observe(&self, interest: &Datapath) -> Result<Datapath, KernelError> {
-        self.look(interest, Look::Close).await
-    }
-
-    async fn glance(&self, interest: &Datapath) -> Result<Datapath, KernelError> {
-        self.look(interest, Look::Brief).await
+        let host = self.observe_host(&interest.host).await?;
+        let mut proxy = BTreeSet::new();
+        if let Some(side) = &self.proxy {
+            proxy = self
+                .observe_side(side, Place::Proxy, &interest.proxy)
+                .await?;
+            let wanted = chains(&interest.proxy, &proxy);
+            proxy.extend(self.chains(side, wanted, &[Table::Mangle]).await?);
+        }
+        Ok(Datapath { host, proxy })
     }
 
     async fn apply(&self, plan: &Plan) -> Result<(), ApplyError> {
@@ -237,22 +231,22 @@ fn chains(interest: &BTreeSet<Item>, observed: &BTreeSet<Item>) -> &'static [Fam
     }
 }
 
-fn member(step: &Step) -> Option<(std::net::IpAddr, bool)> {
+fn member(step: &Step) -> Option<(&Member, bool)> {
     match &step.change {
-        Change::Add(Item::Member(ip))
+        Change::Add(Item::Member(member))
         | Change::Replace {
-            new: Item::Member(ip),
+            new: Item::Member(member),
             ..
-        } => Some((*ip, true)),
-        Change::Remove(Item::Member(ip)) => Some((*ip, false)),
+        } => Some((member, true)),
+        Change::Remove(Item::Member(member)) => Some((member, false)),
         _ => None,
     }
 }
 
 fn change_set(netns: &Netns, old: Option<&Item>, new: Option<&Item>) -> Result<(), KernelError> {
     match (old, new) {
-        (None, Some(Item::Set(family))) => ip_set::create(netns, *family)?,
-        (Some(Item::Set(family)), None) => ip_set::destroy(netns, *family)?,
+        (None, Some(Item::Set(set))) => ip_set::create(netns, set)?,
+        (Some(Item::Set(set)), None) => ip_set::destroy(netns, set)?,
         _ => {}
     }
     Ok(())
@@ -260,59 +254,15 @@ fn change_set(netns: &Netns, old: Option<&Item>, new: Option<&Item>) -> Result<(
 
 impl Side {
     fn open(netns: Netns, place: Place, backend: IptablesBackend) -> Result<Self, KernelError> {
-        let enter = |error| KernelError::Enter(place, error);
+        let netlink = Netlink::open(&netns).map_err(|error| KernelError::Enter(place, error))?;
         Ok(Self {
-            netlink: Netlink::open(&netns).map_err(enter)?,
-            netfilter: Netfilter::open(&netns).map_err(enter)?,
             netns,
+            netlink,
             iptables: Iptables::new(backend),
-            seen: Seen::default(),
         })
     }
 
-    /// Our chains of some tables, those that have to be read all at once. Programs run on threads of
-    /// their own: they take tens of milliseconds.
-    async fn chains(
-        &self,
-        families: &[Family],
-        tables: &[Table],
-        look: Look,
-    ) -> Result<Vec<Item>, IptablesError> {
-        let generation = self.generation();
-        let trust = match look {
-            Look::Close => Trust::Generation(generation),
-            Look::Brief => Trust::Any,
-        };
-        let of_one = |family, table| async move {
-            if let Some(chains) = self.seen.recall((family, table), trust) {
-                return Ok(chains);
-            }
-            let (iptables, netns) = (self.iptables, self.netns.clone());
-            let chains = aside(move || iptables.observe(family, table, &netns)).await?;
-            self.seen.keep((family, table), generation, chains.clone());
-            Ok(chains)
-        };
-        let all = families
-            .iter()
-            .flat_map(|family| tables.iter().map(move |table| of_one(*family, *table)));
-        let found = futures::future::try_join_all(all).await?;
-        Ok(found.into_iter().flatten().map(Item::Chains).collect())
-    }
-
-    /// That of the rules, where the backend has such a number and the kernel tells it.
-    fn generation(&self) -> Option<u32> {
-        match self.iptables.backend() {
-            IptablesBackend::Nft => self.netfilter.generation().ok().flatten(),
-            IptablesBackend::Legacy => None,
-        }
-    }
-
     async fn replace(&self, old: Option<&Item>, new: Option<&Item>) -> Result<(), KernelError> {
-        for item in [old, new] {
-            if let Some(Item::Chains(chains)) = item {
-                self.seen.forget((chains.family, chains.table));
-            }
-        }
         let (iptables, netns) = (self.iptables, self.netns.clone());
         let (old, new) = (old.cloned(), new.cloned());
         Ok(aside(move || iptables.replace(old.as_ref(), new.as_ref(), &netns)).await?)

@@ -17,10 +17,10 @@ use rtnetlink::{Handle, IpVersion, LinkGeneve, LinkMessageBuilder, LinkUnspec, L
 
 use crate::datapath::{Address, Item, Link, Place};
 use crate::family::Family;
-use crate::names::{ISTIOIN, ISTIOOUT};
+use crate::names::Names;
 use crate::netns::Netns;
 
-use device::{geneve, host_link, is_geneve, is_ours, own_address};
+use device::{geneve, host_link, is_geneve, own_address};
 
 pub(crate) use device::{ip, kind, mtu, name, peer_index};
 pub(crate) use message::{foreign_mark, way};
@@ -168,14 +168,18 @@ impl Netlink {
     }
 
     /// What this namespace holds of ours, but for the host's links.
-    pub(super) async fn observe(&self, place: Place) -> Result<BTreeSet<Item>, NetlinkError> {
+    pub(super) async fn observe(
+        &self,
+        place: Place,
+        names: &Names,
+    ) -> Result<BTreeSet<Item>, NetlinkError> {
         let links = self.links().await?;
-        let names: BTreeMap<u32, String> = links
+        let devices: BTreeMap<u32, String> = links
             .iter()
             .map(|link| (link.header.index, name(link)))
             .collect();
         let mut items = BTreeSet::new();
-        for link in links.iter().filter(|link| is_ours(&name(link))) {
+        for link in links.iter().filter(|link| names.is_device(&name(link))) {
             if link.header.flags.contains(LinkFlags::Up) {
                 items.insert(Item::Up(name(link)));
             }
@@ -184,13 +188,13 @@ impl Netlink {
             }
         }
         for address in self.addresses().await? {
-            items.extend(own_address(&address, &names).map(Item::Address));
+            items.extend(own_address(&address, &devices, names).map(Item::Address));
         }
         for route in self.routes().await? {
-            items.extend(message::own_route(&route, &names).map(Item::Route));
+            items.extend(message::own_route(&route, place, &devices, names).map(Item::Route));
         }
         for rule in self.rules().await? {
-            items.extend(message::own_rule(&rule).map(Item::Rule));
+            items.extend(message::own_rule(&rule, place, names).map(Item::Rule));
         }
         Ok(items)
     }
@@ -198,12 +202,13 @@ impl Netlink {
     /// The host's ends of the tunnels. `peers` are the devices of the proxy's namespace.
     pub(super) async fn host_links(
         &self,
+        names: &Names,
         peers: &BTreeMap<String, u32>,
     ) -> Result<Vec<Item>, NetlinkError> {
         let links = self.links().await?;
         let ours = links
             .iter()
-            .filter(|link| [ISTIOIN, ISTIOOUT].contains(&name(link).as_str()));
+            .filter(|link| [names.inbound(), names.outbound()].contains(&name(link).as_str()));
         Ok(ours
             .map(|link| Item::Link(host_link(link, peers)))
             .collect())

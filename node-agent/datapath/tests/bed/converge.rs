@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use datapath::names::Names;
 use datapath::{Datapath, IptablesBackend, Kernel, LinuxKernel, NodeInput, build, plan};
 
 use super::Bed;
@@ -10,10 +11,16 @@ pub(crate) const BACKENDS: [IptablesBackend; 2] = [IptablesBackend::Nft, Iptable
 
 /// The kernel of the bed, without a proxy.
 pub(crate) fn kernel(bed: &Bed) -> LinuxKernel {
+    kernel_of(bed, Names::default())
+}
+
+/// The kernel of an installation that calls its own so.
+pub(crate) fn kernel_of(bed: &Bed, names: Names) -> LinuxKernel {
     LinuxKernel::in_namespace(
         bed.netns("host"),
         bed.backend,
         PathBuf::from("/proc/sys/net"),
+        names,
     )
     .unwrap()
 }
@@ -33,7 +40,7 @@ pub(crate) async fn converge(kernel: &LinuxKernel, desired: &Datapath, interest:
 
 /// The kernel with the bed's proxy attached, holding what `input` wants.
 pub(crate) async fn attached(bed: &Bed, input: &NodeInput) -> LinuxKernel {
-    let mut kernel = kernel(bed);
+    let mut kernel = kernel_of(bed, input.names.clone());
     kernel.attach(bed.netns("proxy")).unwrap();
     let desired = build(input);
     converge(&kernel, &desired, &desired).await;

@@ -2,7 +2,6 @@
 #![allow(dead_code, reason = "whoever uses it uses a part of it")]
 
 pub(crate) mod converge;
-pub(crate) mod foreign;
 pub(crate) mod read;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -11,6 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use datapath::input::{Ends, Marks, Pair, Ports, Proxy, Tunnel, TunnelEnd};
+use datapath::names::Names;
 use datapath::netns::Netns;
 use datapath::{FailureMode, Family, IptablesBackend, MeshPod, NodeInput, TunnelKind};
 use nix::sys::socket::{setsockopt, sockopt};
@@ -254,6 +254,7 @@ pub(crate) fn input(pods: usize) -> NodeInput {
     };
     let mark = |text: &str| text.parse().unwrap();
     NodeInput {
+        names: Names::default(),
         tunnel: Tunnel {
             kind: TunnelKind::Veth,
             port: 6081,

@@ -113,9 +113,11 @@ pub(crate) fn service(message: wire::Service) -> Result<Service, String> {
 
 fn virtual_address(message: &NetworkAddress) -> Result<IpAddr, String> {
     let ip = address(&message.address)?;
-    let whole = if ip.is_ipv4() { 32 } else { 128 };
+    let whole = message.address.len() * 8;
     match message.length {
-        Some(length) if length != whole => Err(format!("{ip}/{length} is not one address")),
+        Some(length) if usize::try_from(length) != Ok(whole) => {
+            Err(format!("{ip}/{length} is not one address"))
+        }
         _ => Ok(ip),
     }
 }

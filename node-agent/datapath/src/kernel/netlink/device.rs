@@ -11,7 +11,7 @@ use netlink_packet_route::link::{
 use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcMessage, TcOption};
 
 use crate::datapath::{Address, Link};
-use crate::names::{ISTIOIN, ISTIOOUT, LINK_LOCAL, PISTIOIN, PISTIOOUT};
+use crate::names::{LINK_LOCAL, Names, peer};
 
 pub(crate) fn name(link: &LinkMessage) -> String {
     link.attributes
@@ -21,10 +21,6 @@ pub(crate) fn name(link: &LinkMessage) -> String {
             _ => None,
         })
         .unwrap_or_default()
-}
-
-pub(super) fn is_ours(name: &str) -> bool {
-    [ISTIOIN, ISTIOOUT, PISTIOIN, PISTIOOUT].contains(&name)
 }
 
 pub(crate) fn kind(link: &LinkMessage) -> Option<InfoKind> {
@@ -72,7 +68,7 @@ pub(super) fn host_link(link: &LinkMessage, peers: &BTreeMap<String, u32>) -> Li
     match kind(link) {
         Some(InfoKind::Geneve) => geneve(link),
         Some(InfoKind::Veth) => {
-            let peer = format!("p{name}");
+            let peer = peer(&name);
             let attached = peer_index(link).is_some_and(|index| peers.get(&peer) == Some(&index));
             Link::Veth {
                 name,
@@ -132,12 +128,13 @@ pub(super) fn bpf_program(filter: &TcMessage) -> Option<String> {
 
 pub(super) fn own_address(
     message: &AddressMessage,
-    names: &BTreeMap<u32, String>,
+    devices: &BTreeMap<u32, String>,
+    names: &Names,
 ) -> Option<Address> {
-    let device = names.get(&message.header.index)?.clone();
+    let device = devices.get(&message.header.index)?.clone();
     let ip = ip(message)?;
     let address = IpNet::new(ip, message.header.prefix_len).ok()?;
-    (is_ours(&device) && !is_kernels_own(ip)).then_some(Address { device, address })
+    (names.is_device(&device) && !is_kernels_own(ip)).then_some(Address { device, address })
 }
 
 /// The kernel gives every device a link-local address, unless told otherwise.

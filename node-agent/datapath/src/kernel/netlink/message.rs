@@ -12,10 +12,10 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 
-use crate::datapath::{Action, Route, Rule, Selector, Target};
+use crate::datapath::{Action, Place, Route, Rule, Selector, Target};
 use crate::family::Family;
 use crate::input::Mark;
-use crate::names::{PROTOCOL, TABLE_INBOUND, TABLE_LOCAL, TABLE_OUTBOUND, TABLE_RETURN};
+use crate::names::{Names, PROTOCOL, TABLE_LOCAL, priority};
 
 const NEXTHOP_ONLINK: u32 = 4;
 
@@ -100,12 +100,21 @@ pub(super) fn query(to: IpAddr, mark: Option<u32>) -> RouteMessage {
 }
 
 /// A route that carries our protocol and is in one of our tables.
-pub(super) fn own_route(message: &RouteMessage, names: &BTreeMap<u32, String>) -> Option<Route> {
+pub(super) fn own_route(
+    message: &RouteMessage,
+    place: Place,
+    devices: &BTreeMap<u32, String>,
+    names: &Names,
+) -> Option<Route> {
     if message.header.protocol != RouteProtocol::Other(PROTOCOL) {
         return None;
     }
     let table = table(&message.header, &message.attributes);
-    if ![TABLE_INBOUND, TABLE_OUTBOUND, TABLE_RETURN, TABLE_LOCAL].contains(&table) {
+    let is_ours = match place {
+        Place::Host => names.is_table(table),
+        Place::Proxy => table == TABLE_LOCAL,
+    };
+    if !is_ours {
         return None;
     }
     let everywhere = family_of(message.header.address_family)?.everywhere();
@@ -114,7 +123,7 @@ pub(super) fn own_route(message: &RouteMessage, names: &BTreeMap<u32, String>) -
         match attribute {
             RouteAttribute::Destination(address) => ip = ip_of(address)?,
             RouteAttribute::Gateway(address) => gateway = ip_of(address),
-            RouteAttribute::Oif(index) => device = names.get(index).cloned(),
+            RouteAttribute::Oif(index) => device = devices.get(index).cloned(),
             RouteAttribute::Priority(value) => metric = *value,
             _ => {}
         }
@@ -180,8 +189,8 @@ pub(super) fn rule(rule: &Rule) -> RuleMessage {
     message
 }
 
-/// A rule that carries our protocol.
-pub(super) fn own_rule(message: &RuleMessage) -> Option<Rule> {
+/// A rule that carries our protocol and one of our priorities.
+pub(super) fn own_rule(message: &RuleMessage, place: Place, names: &Names) -> Option<Rule> {
     let family = family_of(message.header.family)?;
     let (mut priority, mut value, mut mask, mut table) =
         (0, None, None, u32::from(message.header.table));
@@ -207,7 +216,11 @@ pub(super) fn own_rule(message: &RuleMessage) -> Option<Rule> {
         (RuleAction::Nop, _) => Action::Nop,
         _ => Action::Lookup(table),
     };
-    own.then_some(Rule {
+    let is_ours = match place {
+        Place::Host => names.is_priority(priority),
+        Place::Proxy => [priority::TPROXY, priority::PROXY_RETURN].contains(&priority),
+    };
+    (own && is_ours).then_some(Rule {
         family,
         priority,
         selector,
