@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "whoever uses it uses a part of it")]
 
 pub(crate) mod converge;
+pub(crate) mod foreign;
 pub(crate) mod read;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
