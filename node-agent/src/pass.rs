@@ -307,10 +307,12 @@ impl Node {
             return Ok(Progressed::Waiting);
         };
         let interest = with_settings(draft, &self.desired);
-        let observed = kernel
-            .observe(&interest)
-            .await
-            .map_err(|error| Failure::from(&error))?;
+        let observed = if full {
+            kernel.observe(&interest).await
+        } else {
+            kernel.glance(&interest).await
+        }
+        .map_err(|error| Failure::from(&error))?;
         let forbidden = Failure::obstacles(&self.obstacles, Severity::Forbids);
         if let Some(forbidden) = forbidden.clone().filter(|_| observed.host.is_empty()) {
             return Err(forbidden);
@@ -342,7 +344,7 @@ impl Node {
             tracing::info!(steps = steps.steps.len(), repairs, "the kernel is changed");
             let applied = kernel.apply(&steps).await;
             let after = kernel
-                .observe(&interest)
+                .glance(&interest)
                 .await
                 .map_err(|error| Failure::from(&error))?;
             enrolment.settle(&selected, &after);

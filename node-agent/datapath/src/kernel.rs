@@ -3,8 +3,10 @@
 pub mod ip_set;
 pub mod iptables;
 pub mod linux;
+mod netfilter;
 pub mod netlink;
 pub mod recorded;
+mod seen;
 pub mod sysctl;
 
 use std::future::Future;
@@ -36,6 +38,16 @@ pub trait Kernel: Send + Sync {
     /// # Errors
     /// If something cannot be read.
     fn observe(
+        &self,
+        interest: &Datapath,
+    ) -> impl Future<Output = Result<Datapath, KernelError>> + Send;
+
+    /// As [`Kernel::observe`], but what nobody gives notice of is taken as it was last seen, unless
+    /// it was written to since.
+    ///
+    /// # Errors
+    /// If something cannot be read.
+    fn glance(
         &self,
         interest: &Datapath,
     ) -> impl Future<Output = Result<Datapath, KernelError>> + Send;

@@ -13,7 +13,8 @@ use bed::converge::{BACKENDS, attached, converge, kernel};
 use bed::{Bed, HOST, PODS, PROXY, dual, input_with, ipv6_of};
 use datapath::names::Names;
 use datapath::{
-    Datapath, FailureMode, Family, IptablesBackend, Kernel, NodeInput, TunnelKind, build, plan,
+    Datapath, FailureMode, Family, IptablesBackend, Kernel, MeshPod, NodeInput, TunnelKind, build,
+    plan,
 };
 
 #[tokio::test]
@@ -397,5 +398,47 @@ fn connections_of_a_family_meet_the_proxy(bed: &Bed, family: Family) {
         let mut heard = String::new();
         client.read_to_string(&mut heard).unwrap();
         assert_eq!(heard, "met");
+    }
+}
+
+#[tokio::test]
+async fn a_node_full_of_pods_is_read_back_whole() {
+    for backend in BACKENDS {
+        let bed = Bed::dual(backend);
+        let mut input = dual(input_with(TunnelKind::Veth, 0));
+        let ips = (0..250u8).map(|last| Ipv4Addr::new(10, 244, 2, last));
+        input.pods = ips
+            .flat_map(|ip| [ip.into(), ipv6_of(ip).into()])
+            .map(|ip| MeshPod { ip })
+            .collect();
+        attached(&bed, &input).await;
+        for set in ["ztunnel-pods-ips", "ztunnel-pods-ips6"] {
+            let listed = bed.run("host", &format!("ipset list -t {set}"));
+            assert!(listed.contains("Number of entries: 250"), "{listed}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_glance_passes_over_chains_until_they_are_looked_at_again() {
+    for backend in BACKENDS {
+        let bed = Bed::new(backend);
+        let desired = build(&input_with(TunnelKind::Veth, 1));
+        let kernel = attached(&bed, &input_with(TunnelKind::Veth, 1)).await;
+        let iptables = match backend {
+            IptablesBackend::Nft => "iptables-nft",
+            IptablesBackend::Legacy => "iptables-legacy",
+        };
+        bed.run("host", &format!("{iptables} -t nat -F ztunnel-PREROUTING"));
+        let glanced = kernel.glance(&desired).await.unwrap();
+        assert!(plan(&desired, &glanced).is_empty());
+        let observed = kernel.observe(&desired).await.unwrap();
+        let repair = plan(&desired, &observed);
+        assert_eq!(repair.steps.len(), 1, "{repair}");
+        kernel.apply(&repair).await.unwrap();
+        // What was written is read again, also at a glance.
+        let glanced = kernel.glance(&desired).await.unwrap();
+        assert!(plan(&desired, &glanced).is_empty());
+        assert!(bed.save("host").contains("-A ztunnel-PREROUTING -m mark"));
     }
 }

@@ -120,16 +120,20 @@ fn module_of(extension: &str) -> String {
 
 fn of_ip_set(error: &IpSetError) -> Option<Lack> {
     const ABSENT: [&str; 3] = ["not supported", "protocol version", "Cannot open session"];
+    let module = || Lack::Module {
+        what: "sets of addresses".to_owned(),
+        module: "ip_set_hash_ip".to_owned(),
+    };
     match error {
         IpSetError::Enter(error) => denied(error).then_some(Lack::Right),
+        IpSetError::List(_, error) if denied(error) => Some(Lack::Right),
+        // netfilter's word for a part of it that is not there.
+        IpSetError::List(_, error) => (error.raw_os_error() == Some(libc::EINVAL)).then(module),
         IpSetError::Library { message, .. } if message.contains("not permitted") => {
             Some(Lack::Right)
         }
         IpSetError::Library { message, .. } if ABSENT.iter().any(|part| message.contains(part)) => {
-            Some(Lack::Module {
-                what: "sets of addresses".to_owned(),
-                module: "ip_set_hash_ip".to_owned(),
-            })
+            Some(module())
         }
         IpSetError::Library { .. } | IpSetError::Full { .. } => None,
     }

@@ -1,13 +1,14 @@
-//! The sets of mesh pods' addresses, one a family, through libipset.
+//! The sets of mesh pods' addresses, one a family: read through netlink, written through libipset.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 
 use ipset::Session;
-use ipset::types::{HashIp, ListResult};
+use ipset::types::HashIp;
 
 use crate::datapath::{AddressSet, Item, Member};
 use crate::family::Family;
+use crate::kernel::netfilter::Netfilter;
 use crate::names::{Names, SET_SIZE};
 use crate::netns::Netns;
 
@@ -17,6 +18,9 @@ pub enum IpSetError {
     /// The namespace could not be entered.
     #[error("enter the network namespace to reach the sets of addresses")]
     Enter(#[source] std::io::Error),
+    /// The set could not be read.
+    #[error("list set {0}")]
+    List(String, #[source] std::io::Error),
     /// The set has no room left.
     #[error("set {} is full: it cannot take {}", .0.set, .0.ip)]
     Full(Member),
@@ -56,36 +60,22 @@ fn session(name: &str) -> Session<HashIp> {
 }
 
 /// The sets and their members.
-pub(super) fn observe(netns: &Netns, names: &Names) -> Result<Vec<Item>, IpSetError> {
-    let sets = Family::ALL.map(|family| AddressSet {
-        name: names.set(family),
-        family,
-    });
-    within(netns, || {
-        let mut items = Vec::new();
-        for set in sets {
-            items.extend(observe_one(set)?);
-        }
-        Ok(items)
-    })?
-}
-
-fn observe_one(set: AddressSet) -> Result<Vec<Item>, IpSetError> {
-    let list = match session(&set.name).list() {
-        Ok(ListResult::Normal(list)) => list,
-        Ok(ListResult::Terse(_)) => return Ok(Vec::new()),
-        Err(error) if error.to_string().contains("does not exist") => return Ok(Vec::new()),
-        Err(error) => return Err(failed("list", &set.name)(error)),
-    };
-    let members = list.items.unwrap_or_default();
-    let members = members.into_iter().map(|(member, _)| {
-        Item::Member(Member {
-            set: set.name.clone(),
-            ip: member.to_ip_addr(),
-        })
-    });
-    let mut items: Vec<Item> = members.collect();
-    items.push(Item::Set(set));
+pub(super) fn observe(netfilter: &Netfilter, names: &Names) -> Result<Vec<Item>, IpSetError> {
+    let mut items = Vec::new();
+    for family in Family::ALL {
+        let name = names.set(family);
+        let Some(ips) = netfilter
+            .members(&name)
+            .map_err(|error| IpSetError::List(name.clone(), error))?
+        else {
+            continue;
+        };
+        items.extend(ips.into_iter().map(|ip| {
+            let set = name.clone();
+            Item::Member(Member { set, ip })
+        }));
+        items.push(Item::Set(AddressSet { name, family }));
+    }
     Ok(items)
 }
 

@@ -49,6 +49,10 @@ impl Iptables {
         Self { backend }
     }
 
+    pub(super) fn backend(self) -> IptablesBackend {
+        self.backend
+    }
+
     fn save_program(self, family: Family) -> &'static str {
         match (self.backend, family) {
             (IptablesBackend::Nft, Family::V4) => "iptables-nft-save",

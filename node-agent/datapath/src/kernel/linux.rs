@@ -8,7 +8,9 @@ use crate::family::Family;
 use crate::input::IptablesBackend;
 use crate::kernel::ip_set;
 use crate::kernel::iptables::{Iptables, IptablesError};
+use crate::kernel::netfilter::Netfilter;
 use crate::kernel::netlink::Netlink;
+use crate::kernel::seen::{Seen, Trust};
 use crate::kernel::{ApplyError, Kernel, KernelError, sysctl};
 use crate::names::Names;
 use crate::netns::Netns;
@@ -32,7 +34,18 @@ pub struct LinuxKernel {
 struct Side {
     netns: Netns,
     netlink: Netlink,
+    netfilter: Netfilter,
     iptables: Iptables,
+    seen: Seen,
+}
+
+/// How closely to look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Look {
+    /// At everything.
+    Close,
+    /// Not at chains, unless they have been written to.
+    Brief,
 }
 
 impl LinuxKernel {
@@ -67,7 +80,25 @@ impl LinuxKernel {
         Ok(read.map_err(|error| KernelError::Enter(Place::Host, error))??)
     }
 
-    async fn observe_host(&self, interest: &BTreeSet<Item>) -> Result<BTreeSet<Item>, KernelError> {
+    async fn look(&self, interest: &Datapath, look: Look) -> Result<Datapath, KernelError> {
+        let host = self.observe_host(&interest.host, look).await?;
+        let mut proxy = BTreeSet::new();
+        if let Some(side) = &self.proxy {
+            proxy = self
+                .observe_side(side, Place::Proxy, &interest.proxy)
+                .await?;
+            let wanted = chains(&interest.proxy, &proxy);
+            let tables = [Table::Mangle];
+            proxy.extend(self.chains(side, wanted, &tables, look).await?);
+        }
+        Ok(Datapath { host, proxy })
+    }
+
+    async fn observe_host(
+        &self,
+        interest: &BTreeSet<Item>,
+        look: Look,
+    ) -> Result<BTreeSet<Item>, KernelError> {
         let side = &self.host;
         let mut items = self.observe_side(side, Place::Host, interest).await?;
         let peers = match &self.proxy {
@@ -76,11 +107,9 @@ impl LinuxKernel {
         };
         items.extend(side.netlink.host_links(&self.names, &peers).await?);
         let wanted = chains(interest, &items);
-        items.extend(
-            self.chains(side, wanted, &[Table::Mangle, Table::Nat])
-                .await?,
-        );
-        items.extend(ip_set::observe(&side.netns, &self.names)?);
+        let tables = [Table::Mangle, Table::Nat];
+        items.extend(self.chains(side, wanted, &tables, look).await?);
+        items.extend(ip_set::observe(&side.netfilter, &self.names)?);
         Ok(items)
     }
 
@@ -95,18 +124,29 @@ impl LinuxKernel {
         Ok(items)
     }
 
-    /// Our chains of some tables, read all at once. Programs run on threads of their own: they take
-    /// tens of milliseconds.
+    /// Our chains of some tables, those that have to be read all at once. Programs run on threads of
+    /// their own: they take tens of milliseconds.
     async fn chains(
         &self,
         side: &Side,
         families: &[Family],
         tables: &[Table],
+        look: Look,
     ) -> Result<Vec<Item>, IptablesError> {
-        let of_one = |family, table| {
+        let generation = side.generation();
+        let trust = match look {
+            Look::Close => Trust::Generation(generation),
+            Look::Brief => Trust::Any,
+        };
+        let of_one = |family, table| async move {
+            if let Some(chains) = side.seen.recall((family, table), trust) {
+                return Ok(chains);
+            }
             let (iptables, netns) = (side.iptables, side.netns.clone());
             let names = self.names.clone();
-            aside(move || iptables.observe(family, table, &names, &netns))
+            let chains = aside(move || iptables.observe(family, table, &names, &netns)).await?;
+            side.seen.keep((family, table), generation, chains.clone());
+            Ok(chains)
         };
         let all = families
             .iter()
@@ -166,16 +206,11 @@ impl Kernel for LinuxKernel {
     }
 
     async fn observe(&self, interest: &Datapath) -> Result<Datapath, KernelError> {
-        let host = self.observe_host(&interest.host).await?;
-        let mut proxy = BTreeSet::new();
-        if let Some(side) = &self.proxy {
-            proxy = self
-                .observe_side(side, Place::Proxy, &interest.proxy)
-                .await?;
-            let wanted = chains(&interest.proxy, &proxy);
-            proxy.extend(self.chains(side, wanted, &[Table::Mangle]).await?);
-        }
-        Ok(Datapath { host, proxy })
+        self.look(interest, Look::Close).await
+    }
+
+    async fn glance(&self, interest: &Datapath) -> Result<Datapath, KernelError> {
+        self.look(interest, Look::Brief).await
     }
 
     async fn apply(&self, plan: &Plan) -> Result<(), ApplyError> {
@@ -254,15 +289,30 @@ fn change_set(netns: &Netns, old: Option<&Item>, new: Option<&Item>) -> Result<(
 
 impl Side {
     fn open(netns: Netns, place: Place, backend: IptablesBackend) -> Result<Self, KernelError> {
-        let netlink = Netlink::open(&netns).map_err(|error| KernelError::Enter(place, error))?;
+        let enter = |error| KernelError::Enter(place, error);
         Ok(Self {
+            netlink: Netlink::open(&netns).map_err(enter)?,
+            netfilter: Netfilter::open(&netns).map_err(enter)?,
             netns,
-            netlink,
             iptables: Iptables::new(backend),
+            seen: Seen::default(),
         })
     }
 
+    /// That of the rules, where the backend has such a number and the kernel tells it.
+    fn generation(&self) -> Option<u32> {
+        match self.iptables.backend() {
+            IptablesBackend::Nft => self.netfilter.generation().ok().flatten(),
+            IptablesBackend::Legacy => None,
+        }
+    }
+
     async fn replace(&self, old: Option<&Item>, new: Option<&Item>) -> Result<(), KernelError> {
+        for item in [old, new] {
+            if let Some(Item::Chains(chains)) = item {
+                self.seen.forget((chains.family, chains.table));
+            }
+        }
         let (iptables, netns) = (self.iptables, self.netns.clone());
         let (old, new) = (old.cloned(), new.cloned());
         Ok(aside(move || iptables.replace(old.as_ref(), new.as_ref(), &netns)).await?)

@@ -91,6 +91,10 @@ impl Kernel for RecordedKernel {
         Ok(seen)
     }
 
+    async fn glance(&self, interest: &Datapath) -> Result<Datapath, KernelError> {
+        self.observe(interest).await
+    }
+
     async fn apply(&self, plan: &Plan) -> Result<(), ApplyError> {
         for step in &plan.steps {
             let taken = self.with(|inner| inner.take(step));

@@ -1,0 +1,87 @@
+//! Our chains as they were last read: programs read them, which takes long where rules are many.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::datapath::{Chains, Table};
+use crate::family::Family;
+
+/// The chains of one namespace as they were last read.
+#[derive(Debug, Default)]
+pub(super) struct Seen {
+    readings: Mutex<BTreeMap<(Family, Table), Reading>>,
+}
+
+#[derive(Clone, Debug)]
+struct Reading {
+    /// That of nftables' rules before the reading.
+    generation: Option<u32>,
+    chains: Option<Chains>,
+}
+
+/// How much a former reading is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Trust {
+    /// Nobody has written since, as far as is known.
+    Any,
+    /// Nobody has written since if this is still the generation.
+    Generation(Option<u32>),
+}
+
+impl Seen {
+    /// What was read of a table's chains, if that can be trusted.
+    pub(super) fn recall(&self, of: (Family, Table), trust: Trust) -> Option<Option<Chains>> {
+        let reading = self.readings().get(&of).cloned()?;
+        let holds = match trust {
+            Trust::Any => true,
+            Trust::Generation(now) => now.is_some() && now == reading.generation,
+        };
+        holds.then_some(reading.chains)
+    }
+
+    /// Keeps what was read, with the generation from before.
+    pub(super) fn keep(
+        &self,
+        of: (Family, Table),
+        generation: Option<u32>,
+        chains: Option<Chains>,
+    ) {
+        self.readings().insert(of, Reading { generation, chains });
+    }
+
+    /// The table is about to be written.
+    pub(super) fn forget(&self, of: (Family, Table)) {
+        self.readings().remove(&of);
+    }
+
+    fn readings(&self) -> MutexGuard<'_, BTreeMap<(Family, Table), Reading>> {
+        self.readings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OF: (Family, Table) = (Family::V4, Table::Mangle);
+
+    #[test]
+    fn a_reading_is_worth_as_much_as_its_generation() {
+        let seen = Seen::default();
+        assert_eq!(seen.recall(OF, Trust::Any), None);
+        seen.keep(OF, Some(7), None);
+        assert_eq!(seen.recall(OF, Trust::Any), Some(None));
+        assert_eq!(seen.recall(OF, Trust::Generation(Some(7))), Some(None));
+        assert_eq!(seen.recall(OF, Trust::Generation(Some(8))), None);
+        seen.forget(OF);
+        assert_eq!(seen.recall(OF, Trust::Any), None);
+    }
+
+    #[test]
+    fn without_a_generation_everything_is_read_again() {
+        let seen = Seen::default();
+        seen.keep(OF, None, None);
+        assert_eq!(seen.recall(OF, Trust::Generation(None)), None);
+        assert_eq!(seen.recall(OF, Trust::Any), Some(None));
+    }
+}
