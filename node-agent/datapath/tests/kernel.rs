@@ -10,7 +10,7 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use bed::converge::{BACKENDS, attached, converge, kernel};
-use bed::{Bed, HOST, PODS, PROXY, dual, input_with, ipv6_of};
+use bed::{Bed, HOST, PODS, PROXY, dual, input_with, ipv6_of, ipv6_only};
 use datapath::names::Names;
 use datapath::{
     Datapath, FailureMode, Family, IptablesBackend, Kernel, MeshPod, NodeInput, TunnelKind, build,
@@ -364,6 +364,37 @@ async fn connections_meet_the_proxy(kind: TunnelKind) {
         for family in Family::ALL {
             connections_of_a_family_meet_the_proxy(&bed, family);
         }
+    }
+}
+
+#[tokio::test]
+async fn connections_of_pods_with_ipv6_only_meet_the_proxy() {
+    ipv6_only_connections_meet_the_proxy(TunnelKind::Veth).await;
+}
+
+#[tokio::test]
+#[ignore = "needs a kernel with geneve: ring 5"]
+async fn geneve_over_ipv6_connections_of_pods_with_ipv6_only_meet_the_proxy() {
+    ipv6_only_connections_meet_the_proxy(TunnelKind::Geneve).await;
+}
+
+async fn ipv6_only_connections_meet_the_proxy(kind: TunnelKind) {
+    for backend in BACKENDS {
+        let bed = Bed::dual(backend);
+        let mut input = ipv6_only(input_with(kind, 1));
+        if kind == TunnelKind::Geneve {
+            // The outer header of IPv6 is 20 bytes longer.
+            input.tunnel.mtu = 1430;
+        }
+        attached(&bed, &input).await;
+        if kind == TunnelKind::Geneve {
+            let shown = bed.run("host", "ip -d link show istioin");
+            assert!(
+                shown.contains(&format!("remote {}", ipv6_of(PROXY))),
+                "{shown}"
+            );
+        }
+        connections_of_a_family_meet_the_proxy(&bed, Family::V6);
     }
 }
 

@@ -309,6 +309,18 @@ pub(crate) fn dual(mut input: NodeInput) -> NodeInput {
     input
 }
 
+/// The same node with IPv6 only.
+pub(crate) fn ipv6_only(input: NodeInput) -> NodeInput {
+    let mut input = dual(input);
+    if let Some(proxy) = &mut input.proxy
+        && let Ends::Dual(_, ipv6) = proxy.ends
+    {
+        proxy.ends = Ends::V6(ipv6);
+    }
+    input.pods.retain(|pod| pod.ip.is_ipv6());
+    input
+}
+
 fn both_ends(proxy: Ipv4Addr) -> Ends {
     let ipv6 = Pair {
         proxy: ipv6_of(proxy),
