@@ -37,22 +37,39 @@ pub(crate) async fn cleanup(
     socket: &Path,
     names: &Names,
 ) -> Result<usize, CleanupError> {
-    // The backend that holds our chains, whatever the host uses now.
-    let (facts, _) = facts::find(&host, None, names).await?;
-    let kernel =
-        LinuxKernel::in_namespace(host, facts.iptables, sysctl_root.to_owned(), names.clone())?;
-    let traces = kernel.observe(&Datapath::default()).await?;
-    let restore = kernel.setting("ipv4/conf/default/rp_filter")?;
-    let interest = settings(&traces, restore.as_deref().unwrap_or("0"));
-    let observed = kernel.observe(&interest).await?;
-    let steps = plan(&Datapath::default(), &observed);
-    kernel.apply(&steps).await?;
+    let (facts, others) = facts::find(&host, None, names).await?;
+    let kernel = |backend| {
+        LinuxKernel::in_namespace(host.clone(), backend, sysctl_root.to_owned(), names.clone())
+    };
+    let mut steps = 0;
+    // Somebody mixed the two; the set cannot go before all chains have.
+    for backend in others.holding_ours() {
+        if backend != facts.iptables {
+            steps += remove(&kernel(backend)?, |item| matches!(item, Item::Chains(_))).await?;
+        }
+    }
+    steps += remove(&kernel(facts.iptables)?, |_| true).await?;
     match std::fs::remove_file(socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(CleanupError::Socket(socket.to_owned(), error))
         }
-        _ => Ok(steps.steps.len()),
+        _ => Ok(steps),
     }
+}
+
+/// Removes what the kernel holds of ours and `which` takes; how many steps that took.
+async fn remove(
+    kernel: &LinuxKernel,
+    which: impl Fn(&Item) -> bool,
+) -> Result<usize, CleanupError> {
+    let traces = kernel.observe(&Datapath::default()).await?;
+    let restore = kernel.setting("ipv4/conf/default/rp_filter")?;
+    let interest = settings(&traces, restore.as_deref().unwrap_or("0"));
+    let observed = kernel.observe(&interest).await?;
+    let mut steps = plan(&Datapath::default(), &observed);
+    steps.steps.retain(|step| which(step.change.item()));
+    kernel.apply(&steps).await?;
+    Ok(steps.steps.len())
 }
 
 /// The settings of the proxy's device, which the route of answers names. Pure.

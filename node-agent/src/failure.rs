@@ -361,7 +361,7 @@ mod tests {
         );
         assert_eq!(failure.reason, reasons::KERNEL_MODULE_MISSING);
         assert!(
-            failure.message.contains("modprobe xt_set") && failure.message.contains(message),
+            failure.message.contains("modprobe -a xt_set") && failure.message.contains(message),
             "{}",
             failure.message
         );

@@ -157,7 +157,7 @@ impl Node {
     /// Finds out what the kernel can do and what others hold in it. `kept` is the backend that the
     /// status speaks of.
     async fn survey(&mut self, full: bool, kept: Option<IptablesBackend>) -> Result<(), Failure> {
-        if full || self.found.is_none() {
+        if full || self.found.is_none() || self.is_hindered() {
             let before = self.facts().map(|facts| facts.iptables);
             let found = facts::find(&self.host.netns, before.or(kept), &self.host.names)
                 .await
@@ -180,8 +180,13 @@ impl Node {
         Ok(())
     }
 
-    /// Finds out what stands in the way of what is wanted. What rarely changes is looked for in full
-    /// passes, and more often while it has to go.
+    /// Something has to go before the data path works: it is looked for in every pass.
+    fn is_hindered(&self) -> bool {
+        let hinders = |obstacle: &Obstacle| obstacle.severity() != Severity::MayBreak;
+        self.obstacles.iter().any(hinders)
+    }
+
+    /// Finds out what stands in the way of what is wanted.
     async fn look_out(
         &mut self,
         wanted: &Wanted,
@@ -190,7 +195,7 @@ impl Node {
         full: bool,
     ) -> Result<(), Failure> {
         let device = attachment.map(|attachment| attachment.host_device.clone());
-        let due = full || !self.began || !self.obstacles.is_empty() || self.looked_at != device;
+        let due = full || !self.began || self.is_hindered() || self.looked_at != device;
         let (Some((facts, others)), true) = (&self.found, due) else {
             return Ok(());
         };

@@ -3,13 +3,14 @@
 
 #[path = "../datapath/tests/bed/mod.rs"]
 mod bed;
+mod limits;
 mod peer;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crds::{AmbientNode, AmbientNodeSpec, FailureMode, TunnelType, conditions};
+use crds::{AmbientNode, AmbientNodeSpec, AmbientNodeStatus, FailureMode, TunnelType, conditions};
 use datapath::IptablesBackend;
 use datapath::names::Names;
 use jiff::Timestamp;
@@ -92,9 +93,24 @@ impl Agent {
     }
 
     fn want(&self, spec: AmbientNodeSpec) {
+        self.want_after(spec, None);
+    }
+
+    /// The same, with what an earlier agent wrote.
+    fn want_after(&self, spec: AmbientNodeSpec, status: Option<AmbientNodeStatus>) {
         let mut object = AmbientNode::new("node-1", spec);
         object.metadata.generation = Some(1);
+        object.status = status;
         self.known.send_replace(Known::Present(Arc::new(object)));
+    }
+
+    /// What the status says of a condition now: its status and its message.
+    fn says(&self, kind: &str) -> (String, String) {
+        let outcome = self.outcomes.borrow().clone().unwrap();
+        let status = report(&outcome, &[], Timestamp::UNIX_EPOCH);
+        let mut found = status.conditions.into_iter();
+        let found = found.find(|found| found.type_ == kind).unwrap();
+        (found.status, found.message)
     }
 
     /// Waits until a condition has this reason.

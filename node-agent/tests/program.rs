@@ -41,3 +41,14 @@ fn without_a_cluster_it_ends_and_says_where_it_looked() {
         "find the API server",
     );
 }
+
+#[test]
+fn without_its_rights_it_ends_with_the_names_of_the_missing_capabilities() {
+    let output = Command::new("setpriv")
+        .args(["--inh-caps", "-net_admin,-sys_admin"])
+        .args(["--bounding-set", "-net_admin,-sys_admin"])
+        .args([env!("CARGO_BIN_EXE_ambit-node-agent"), "cleanup"])
+        .output()
+        .unwrap();
+    fails_with(&output, "the agent lacks NET_ADMIN, SYS_ADMIN:");
+}

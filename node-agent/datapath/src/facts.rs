@@ -18,6 +18,7 @@ mod saved;
 mod settings;
 mod source_check;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
 
@@ -196,6 +197,16 @@ pub async fn obstacles(
 }
 
 impl Others {
+    /// The backends that hold chains of ours: none, one, or both after somebody mixed them.
+    #[must_use]
+    pub fn holding_ours(&self) -> BTreeSet<IptablesBackend> {
+        self.saved
+            .iter()
+            .filter(|saved| saved.has_ours())
+            .map(|saved| saved.backend)
+            .collect()
+    }
+
     fn has(&self, device: &str) -> bool {
         self.index(device).is_some()
     }
@@ -250,15 +261,22 @@ async fn save(host: &Netns, names: &Names) -> Result<Vec<Saved>, FactsError> {
                 .run(|| std::fs::read_to_string(tables))
                 .map_err(FactsError::Enter)?
                 .is_ok_and(|tables| !tables.trim().is_empty());
-            let legacy = in_use.then_some(IptablesBackend::Legacy);
-            for backend in legacy.into_iter().chain([IptablesBackend::Nft]) {
+            let dump = |backend| {
                 let text = Iptables::new(backend).dump(*family, &host)?;
                 let names = names.clone();
-                found.push(Saved {
+                Ok(Saved {
                     backend,
                     text,
                     names,
-                });
+                })
+            };
+            match dump(IptablesBackend::Nft) {
+                // An old kernel without nf_tables, whose host makes do with legacy.
+                Err(error) if in_use && lack::is_of_kernel(&error) => {}
+                nft => found.push(nft?),
+            }
+            if in_use {
+                found.push(dump(IptablesBackend::Legacy)?);
             }
         }
         Ok(found)

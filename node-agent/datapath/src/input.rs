@@ -407,7 +407,7 @@ impl NodeInput {
 }
 
 /// Backend of iptables.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum IptablesBackend {
     /// nf_tables.
     Nft,

@@ -21,12 +21,12 @@ pub enum Lack {
     )]
     Right,
     /// A part of the kernel.
-    #[error("this kernel lacks {what}: load the module {module} on the node (modprobe {module})")]
+    #[error("this kernel lacks {what}: load it on the node (modprobe -a {modules})")]
     Module {
         /// What it is, in words.
         what: String,
-        /// The module that has it.
-        module: String,
+        /// The modules that have it.
+        modules: String,
     },
     /// `/proc/sys/net` can be read only.
     #[error("the agent cannot write settings")]
@@ -78,7 +78,12 @@ pub fn of_netlink(error: &NetlinkError, item: Option<&Item>) -> Option<Lack> {
 /// As [`of_kernel`], of iptables alone.
 #[must_use]
 pub fn of_iptables(error: &IptablesError) -> Option<Lack> {
-    let IptablesError::Failed { message, table, .. } = error else {
+    let IptablesError::Failed {
+        program,
+        table,
+        message,
+    } = error
+    else {
         return None;
     };
     if message.contains("you must be root") || message.contains("Operation not permitted") {
@@ -89,11 +94,11 @@ pub fn of_iptables(error: &IptablesError) -> Option<Lack> {
         .split_once("Warning: Extension ")
         .and_then(|(_, rest)| rest.split(' ').next())
         .filter(|_| message.contains("missing kernel module"));
-    let missing = |what: String, module: String| Some(Lack::Module { what, module });
+    let missing = |what: String, modules: String| Some(Lack::Module { what, modules });
     if let Some(extension) = extension {
         return missing(
             format!("the extension {extension} of iptables"),
-            module_of(extension),
+            modules_of(extension, program),
         );
     }
     if message.contains("initialize nft") || message.contains("generation id") {
@@ -101,28 +106,39 @@ pub fn of_iptables(error: &IptablesError) -> Option<Lack> {
     }
     if message.contains("initialize") || message.contains("do you need to insmod") {
         return missing(
-            format!("the table {table} of iptables-legacy"),
-            format!("iptable_{table}"),
+            "a table of iptables-legacy".to_owned(),
+            format!("ip_tables iptable_{table}"),
         );
     }
     None
 }
 
-/// The module of a match or target.
-fn module_of(extension: &str) -> String {
-    match extension {
+/// Whether iptables lacks a part of the kernel.
+pub(super) fn is_of_kernel(error: &IptablesError) -> bool {
+    matches!(of_iptables(error), Some(Lack::Module { .. }))
+}
+
+/// The modules of a match or target. Without the second, the nft programs know no extension at all.
+fn modules_of(extension: &str, program: &str) -> String {
+    let module = match extension {
         "tcp" | "udp" => "xt_tcpudp".to_owned(),
         "MARK" => "xt_mark".to_owned(),
         "CONNMARK" => "xt_connmark".to_owned(),
         _ => format!("xt_{extension}"),
+    };
+    if program.contains("-nft-") {
+        module + " nft_compat"
+    } else {
+        module
     }
 }
 
 fn of_ip_set(error: &IpSetError) -> Option<Lack> {
-    const ABSENT: [&str; 3] = ["not supported", "protocol version", "Cannot open session"];
+    // The second is what nfnetlink says to what it does not know.
+    const ABSENT: [&str; 2] = ["not supported", "error received: Invalid argument"];
     let module = || Lack::Module {
         what: "sets of addresses".to_owned(),
-        module: "ip_set_hash_ip".to_owned(),
+        modules: "ip_set ip_set_hash_ip".to_owned(),
     };
     match error {
         IpSetError::Enter(error) => denied(error).then_some(Lack::Right),
@@ -149,33 +165,36 @@ mod tests {
 
     use super::*;
 
-    fn of_message(message: &str) -> Option<Lack> {
+    fn of_message(program: &'static str, message: &str) -> Option<Lack> {
         let error = IptablesError::Failed {
-            program: "iptables-restore",
+            program,
             table: "mangle",
             message: message.to_owned(),
         };
         of_kernel(&error.into(), None)
     }
 
-    fn module(lack: Option<Lack>) -> String {
+    fn modules(lack: Option<Lack>) -> String {
         match lack {
-            Some(Lack::Module { module, .. }) => module,
+            Some(Lack::Module { modules, .. }) => modules,
             other => panic!("{other:?}"),
         }
     }
 
-    // As iptables 1.8.9 prints it.
+    const NFT: &str = "iptables-nft-restore";
+    const LEGACY: &str = "iptables-legacy-restore";
+
+    // As iptables 1.8.9 and ipset 7.17 print it on Linux 6.1 from which the modules were taken.
 
     #[test]
     fn an_extension_that_the_kernel_lacks_is_named_with_its_module() {
         let nft = "Warning: Extension TPROXY revision 0 not supported, missing kernel module?
 iptables-nft-restore v1.8.9 (nf_tables): 
 line 3: RULE_APPEND failed (No such file or directory): rule in chain t";
-        assert_eq!(module(of_message(nft)), "xt_TPROXY");
+        assert_eq!(modules(of_message(NFT, nft)), "xt_TPROXY nft_compat");
         let legacy = "Warning: Extension set revision 0 not supported, missing kernel module?
-iptables-restore: line 4 failed";
-        let lack = of_message(legacy);
+iptables-restore v1.8.9 (legacy): Kernel module xt_set is not loaded in.";
+        let lack = of_message(LEGACY, legacy);
         assert!(
             lack.as_ref()
                 .unwrap()
@@ -183,7 +202,7 @@ iptables-restore: line 4 failed";
                 .contains("the extension set of iptables"),
             "{lack:?}"
         );
-        assert_eq!(module(lack), "xt_set");
+        assert_eq!(modules(lack), "xt_set");
     }
 
     #[test]
@@ -192,13 +211,20 @@ iptables-restore: line 4 failed";
             "iptables-nft-save v1.8.9 (nf_tables): Could not fetch rule set generation id: Permission denied (you must be root)",
             "iptables-save v1.8.9 (legacy): Cannot initialize: Permission denied (you must be root)",
         ] {
-            assert_eq!(of_message(message), Some(Lack::Right));
+            assert_eq!(of_message(NFT, message), Some(Lack::Right));
         }
-        let nft = "iptables-nft-save: Failed to initialize nft: Protocol not supported";
-        assert_eq!(module(of_message(nft)), "nf_tables");
-        let legacy = "iptables-restore v1.8.9 (legacy): iptables-restore: unable to initialize table 'mangle'";
-        assert_eq!(module(of_message(legacy)), "iptable_mangle");
-        assert_eq!(of_message("iptables-restore: line 4 failed"), None);
+        let nft = "iptables-nft-save v1.8.9 (nf_tables): Could not fetch rule set generation id: Invalid argument";
+        assert_eq!(modules(of_message(NFT, nft)), "nf_tables");
+        for legacy in [
+            "iptables-restore v1.8.9 (legacy): iptables-restore: unable to initialize table 'mangle'",
+            "iptables-save v1.8.9 (legacy): Cannot initialize: Table does not exist (do you need to insmod?)",
+        ] {
+            assert_eq!(
+                modules(of_message(LEGACY, legacy)),
+                "ip_tables iptable_mangle"
+            );
+        }
+        assert_eq!(of_message(LEGACY, "iptables-restore: line 4 failed"), None);
     }
 
     #[test]
@@ -215,10 +241,12 @@ iptables-restore: line 4 failed";
             of("Kernel error received: Operation not permitted"),
             Some(Lack::Right)
         );
-        assert_eq!(
-            module(of("Kernel error received: Operation not supported")),
-            "ip_set_hash_ip"
-        );
+        for message in [
+            "Kernel error received: Invalid argument",
+            "Kernel error received: set type not supported",
+        ] {
+            assert_eq!(modules(of(message)), "ip_set ip_set_hash_ip");
+        }
         assert_eq!(of("Element cannot be added to the set"), None);
     }
 

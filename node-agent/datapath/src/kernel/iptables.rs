@@ -111,7 +111,7 @@ impl Iptables {
     /// # Errors
     /// If the program is missing or fails.
     pub fn dump(self, family: Family, netns: &Netns) -> Result<String, IptablesError> {
-        run(netns, self.save_program(family), &[], "(any)", "")
+        run(netns, self.save_program(family), &[], "(all)", "")
     }
 
     /// Puts `new` in the place of `old`, in one transaction.
