@@ -4,16 +4,15 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use mesh_tests::cluster::Cluster;
-use mesh_tests::command;
 use mesh_tests::guard::Undo;
 use mesh_tests::stage::{NODE_2, Stage};
 use serde_json::json;
 
-/// Whether the kernel makes geneve devices, tried with `ip` in a namespace of its own.
-fn kernel_has_geneve() -> Result<bool> {
-    let script = "ip link add probe type geneve id 1 remote 192.0.2.1";
-    let mut unshare = std::process::Command::new("unshare");
-    Ok(command::run(unshare.args(["--net", "sh", "-c", script]), "")?.ok)
+/// Whether a node's kernel makes geneve devices, tried with `ip` in a namespace of its own.
+fn kernel_has_geneve(cluster: &Cluster, node: &str) -> Result<bool> {
+    let script = "ip link add probe type geneve id 1 remote 192.0.2.1 2>/dev/null && echo made";
+    let tried = format!("unshare --net sh -c '{script}' || true");
+    Ok(cluster.on_node(node, &["sh", "-c", &tried])?.trim() == "made")
 }
 
 fn device_kind(cluster: &Cluster, device: &str) -> Result<String> {
@@ -30,7 +29,10 @@ fn the_status_says_whether_the_kernel_has_geneve() -> Result<()> {
     let cluster = Cluster::current()?;
     for node in cluster.nodes()? {
         let status = cluster.ambient_node(&node)?["status"].take();
-        assert_eq!(status["kernel"]["geneve"], kernel_has_geneve()?);
+        assert_eq!(
+            status["kernel"]["geneve"],
+            kernel_has_geneve(&cluster, &node)?
+        );
     }
     Ok(())
 }
@@ -46,7 +48,7 @@ fn geneve_is_used_where_the_kernel_has_it_and_else_the_condition_says_what_to_do
         also.wait_recovered()
     });
     cluster.patch_spec(NODE_2, &json!({"tunnel": {"type": "Geneve"}}))?;
-    if kernel_has_geneve()? {
+    if kernel_has_geneve(cluster, NODE_2)? {
         let wanted = ("TunnelsReady", "True", "TunnelsUp");
         cluster.wait_condition(NODE_2, wanted, Duration::from_secs(20))?;
         assert_eq!(device_kind(cluster, "istioin")?, "geneve");
