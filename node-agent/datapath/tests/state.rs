@@ -7,7 +7,7 @@
 mod bed;
 
 use bed::converge::{BACKENDS, attached, converge};
-use bed::{Bed, NEXT_PROXY, input_with, replaced};
+use bed::{Bed, NEXT_PROXY, dual, input_with, replaced};
 use datapath::{Kernel, TunnelKind, build};
 
 /// The name and the text of a list, which goes with the program: the guest has no other files.
@@ -46,6 +46,7 @@ case!(
     geneve_proxy_replaced,
     "proxy_replaced"
 );
+case!(dual_stack, veth_dual_stack, geneve_dual_stack, "dual_stack");
 
 type List = (&'static str, &'static str);
 
@@ -91,6 +92,14 @@ async fn proxy_replaced(kind: TunnelKind, list: List) {
         interest.host.extend(build(&before).host);
         converge(&kernel, &build(&after), &interest).await;
         assert_list(&bed.state(&["host", "next"]), list);
+    }
+}
+
+async fn dual_stack(kind: TunnelKind, list: List) {
+    for backend in BACKENDS {
+        let bed = Bed::dual(backend);
+        attached(&bed, &dual(input_with(kind, 2))).await;
+        assert_list(&bed.state(&["host", "proxy"]), list);
     }
 }
 

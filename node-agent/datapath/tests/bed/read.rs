@@ -54,8 +54,12 @@ impl Bed {
             };
             readings.push((format!("{family}-save"), chains(&read(&save))));
         }
-        let settings = "cd /proc/sys/net; grep . ipv4/conf/*/rp_filter ipv4/ip_local_port_range";
-        readings.push(("sysctl net".to_owned(), read(settings)));
+        let mut settings =
+            "cd /proc/sys/net; grep . ipv4/conf/*/rp_filter ipv4/ip_local_port_range".to_owned();
+        if self.is_dual {
+            settings += " ipv6/conf/*istio*/addr_gen_mode ipv6/conf/*istio*/disable_ipv6";
+        }
+        readings.push(("sysctl net".to_owned(), read(&settings)));
         readings.retain(|(_, lines)| lines.iter().any(|line| !line.is_empty()));
         readings
     }
@@ -91,6 +95,10 @@ fn addresses(lines: &[String]) -> Vec<String> {
     let address = |line: &String| {
         let mut words = line.split_whitespace().skip(1);
         let (device, family, address) = (words.next()?, words.next()?, words.next()?);
+        // Of a hardware address.
+        if address.starts_with("fe80:") && address.contains("ff:fe") {
+            return None;
+        }
         Some(format!("{device} {family} {address}"))
     };
     sorted(lines.iter().filter_map(address).collect())
@@ -109,8 +117,13 @@ fn sets(lines: &[String]) -> Vec<String> {
         // The seed of its hash is a number by chance.
         .map(|line| line.split(" initval").next().unwrap_or_default().to_owned())
         .collect();
-    let is_member = |line: &String| line.starts_with(|first: char| first.is_ascii_digit());
-    shown.sort_by_key(|line| is_member(line).then(|| line.clone()));
+    // Members have no order; they come after what else is told of their set.
+    let is_member = |line: &String| !line.starts_with(|first: char| first.is_ascii_uppercase());
+    for set in shown.chunk_by_mut(|one, next| is_member(one) == is_member(next)) {
+        if set.first().is_some_and(is_member) {
+            set.sort();
+        }
+    }
     shown
 }
 
