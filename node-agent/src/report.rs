@@ -248,14 +248,9 @@ fn without_proxy(mode: FailureMode) -> &'static str {
 fn tunnels_ready(outcome: &Outcome) -> Statement {
     let kind = conditions::TUNNELS_READY;
     match (&outcome.failure, &outcome.proxy) {
-        (Some(failure), _) if failure.part == Part::Tunnels => {
+        (Some(failure), _) if failure.part != Part::Redirection => {
             Statement::fails(kind, failure.reason, &failure.message)
         }
-        (Some(failure), _) if failure.part == Part::All => Statement::fails(
-            kind,
-            failure.reason,
-            "the kernel cannot be read; see RedirectionReady",
-        ),
         (_, ProxyState::Attached(..)) => Statement::holds(
             kind,
             reasons::TUNNELS_UP,
