@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use datapath::datapath::{Route, Sysctl, Target};
-use datapath::facts::{self, FactsError};
+use datapath::facts::{self, Earlier, FactsError};
 use datapath::kernel::{ApplyError, Kernel, KernelError, LinuxKernel};
 use datapath::names::Names;
 use datapath::netns::Netns;
@@ -37,7 +37,7 @@ pub(crate) async fn cleanup(
     socket: &Path,
     names: &Names,
 ) -> Result<usize, CleanupError> {
-    let (facts, others) = facts::find(&host, None, names).await?;
+    let (facts, others) = facts::find(&host, names, Earlier::default()).await?;
     let kernel = |backend| {
         LinuxKernel::in_namespace(host.clone(), backend, sysctl_root.to_owned(), names.clone())
     };

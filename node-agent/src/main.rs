@@ -28,6 +28,7 @@ mod report;
 mod roster;
 mod run;
 mod session;
+mod survey;
 mod watch;
 
 #[cfg(test)]

@@ -1,15 +1,13 @@
 //! One pass over the node: what is wanted, what is there, the difference, and what came of it.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crds::{AmbientNode, reasons};
 use datapath::attachment::{self, Attachment};
 use datapath::changes::Changes;
-use datapath::facts::{self, Facts, Interest, Obstacle, Others, Severity};
+use datapath::facts::Facts;
 use datapath::kernel::{Kernel, LinuxKernel};
-use datapath::names::Names;
 use datapath::netns::Netns;
 use datapath::{Datapath, IptablesBackend, Item, TunnelKind, build, plan};
 use protocol::node::{Configure, LocalTraffic, Workload};
@@ -21,15 +19,7 @@ use crate::metrics::Metrics;
 use crate::order::{self, Enrolment};
 use crate::report::{Outcome, ProxyState, WorkloadOutcome};
 use crate::roster::{self, Progress, Roster, SessionId};
-
-/// The host's side: where it is, and what of it is ours.
-#[derive(Clone, Debug)]
-pub(crate) struct Host {
-    pub(crate) netns: Netns,
-    /// Where its `/proc/sys/net` can be written.
-    pub(crate) sysctl_root: PathBuf,
-    pub(crate) names: Names,
-}
+use crate::survey::{Host, Survey};
 
 /// What the agent knows of its node from pass to pass.
 pub(crate) struct Node {
@@ -39,11 +29,8 @@ pub(crate) struct Node {
     started: Instant,
     /// The first change was made, or might have been.
     began: bool,
-    found: Option<(Facts, Others)>,
+    survey: Survey,
     kernel: Option<LinuxKernel>,
-    /// What stands in the way, and the proxy's device when it was looked for.
-    obstacles: Vec<Obstacle>,
-    looked_at: Option<String>,
     attached: Option<(SessionId, Changes)>,
     /// The last spec that could be used.
     wanted: Option<Arc<Wanted>>,
@@ -68,10 +55,8 @@ impl Node {
             wake,
             started: Instant::now(),
             began: false,
-            found: None,
+            survey: Survey::default(),
             kernel: None,
-            obstacles: Vec::new(),
-            looked_at: None,
             attached: None,
             wanted: None,
             enrolment: None,
@@ -100,7 +85,11 @@ impl Node {
         let invalid_spec = self.take_spec(object);
         let surveyed = self.survey(full, backend_of(object)).await;
         let Some(wanted) = self.wanted.clone() else {
-            return Some(nothing_wanted(object, invalid_spec, self.facts().cloned()));
+            return Some(nothing_wanted(
+                object,
+                invalid_spec,
+                self.survey.facts().cloned(),
+            ));
         };
         roster.choose(wanted.ports, &self.enrolled());
         let (proxy, attachment) = self.attach(roster).await;
@@ -150,25 +139,18 @@ impl Node {
         }
     }
 
-    fn facts(&self) -> Option<&Facts> {
-        self.found.as_ref().map(|(facts, _)| facts)
-    }
-
-    /// Finds out what the kernel can do and what others hold in it. `kept` is the backend that the
-    /// status speaks of.
+    /// Surveys the host, and opens its kernel.
     async fn survey(&mut self, full: bool, kept: Option<IptablesBackend>) -> Result<(), Failure> {
-        if full || self.found.is_none() || self.is_hindered() {
-            let before = self.facts().map(|facts| facts.iptables);
-            let found = facts::find(&self.host.netns, before.or(kept), &self.host.names)
-                .await
-                .map_err(|error| Failure::from(&error))?;
-            // A host that had no rules at first has shown what it uses.
-            if before.is_some_and(|before| before != found.0.iptables) {
-                (self.kernel, self.attached) = (None, None);
-            }
-            self.found = Some(found);
+        let before = self.survey.facts().map(|facts| facts.iptables);
+        self.survey.renew(&self.host, full, kept).await?;
+        let Some(facts) = self.survey.facts() else {
+            return Ok(());
+        };
+        // A host that had no rules at first has shown what it uses.
+        if before.is_some_and(|before| before != facts.iptables) {
+            (self.kernel, self.attached) = (None, None);
         }
-        if let (Some((facts, _)), None) = (&self.found, &self.kernel) {
+        if self.kernel.is_none() {
             let kernel = LinuxKernel::in_namespace(
                 self.host.netns.clone(),
                 facts.iptables,
@@ -177,47 +159,6 @@ impl Node {
             );
             self.kernel = Some(kernel.map_err(|error| Failure::from(&error))?);
         }
-        Ok(())
-    }
-
-    /// Something has to go before the data path works: it is looked for in every pass.
-    fn is_hindered(&self) -> bool {
-        let hinders = |obstacle: &Obstacle| obstacle.severity() != Severity::MayBreak;
-        self.obstacles.iter().any(hinders)
-    }
-
-    /// Finds out what stands in the way of what is wanted.
-    async fn look_out(
-        &mut self,
-        wanted: &Wanted,
-        draft: &Datapath,
-        attachment: Option<&Attachment>,
-        full: bool,
-    ) -> Result<(), Failure> {
-        let device = attachment.map(|attachment| attachment.host_device.clone());
-        let due = full || !self.began || self.is_hindered() || self.looked_at != device;
-        let (Some((facts, others)), true) = (&self.found, due) else {
-            return Ok(());
-        };
-        let interest = Interest {
-            marks: &wanted.marks,
-            desired: draft,
-            device: device.as_deref(),
-            ipv6: wanted
-                .pods
-                .iter()
-                .flat_map(|pod| &pod.ips)
-                .any(|ip| ip.is_ipv6()),
-        };
-        let found = facts::obstacles(
-            &self.host.netns,
-            &self.host.sysctl_root,
-            (facts, others),
-            interest,
-        )
-        .await;
-        self.obstacles = found.map_err(|error| Failure::from(&error))?;
-        self.looked_at = device;
         Ok(())
     }
 
@@ -291,7 +232,7 @@ impl Node {
         attachment: Option<&Attachment>,
         full: bool,
     ) -> Result<Progressed, Failure> {
-        let geneve = self.facts().is_some_and(|facts| facts.geneve);
+        let geneve = self.survey.facts().is_some_and(|facts| facts.geneve);
         if wanted.kind == TunnelKind::Geneve && !geneve {
             return Err(Failure::geneve_unsupported());
         }
@@ -307,7 +248,10 @@ impl Node {
             serving,
             &[],
         ));
-        self.look_out(wanted, &draft, attachment, full).await?;
+        let due = full || !self.began;
+        self.survey
+            .look_out(&self.host, (wanted, &draft), attachment, due)
+            .await?;
         let Some(kernel) = &self.kernel else {
             return Ok(Progressed::Waiting);
         };
@@ -318,7 +262,7 @@ impl Node {
             kernel.glance(&interest).await
         }
         .map_err(|error| Failure::from(&error))?;
-        let forbidden = Failure::obstacles(&self.obstacles, Severity::Forbids);
+        let forbidden = self.survey.forbids();
         if let Some(forbidden) = forbidden.clone().filter(|_| observed.host.is_empty()) {
             return Err(forbidden);
         }
@@ -361,8 +305,8 @@ impl Node {
             }
             self.desired = desired;
         }
-        let broken = Failure::obstacles(&self.obstacles, Severity::Breaks);
-        forbidden.or(broken).map_or(Ok(Progressed::Done), Err)
+        let complaint = forbidden.or_else(|| self.survey.breaks());
+        complaint.map_or(Ok(Progressed::Done), Err)
     }
 
     /// Tells the proxies who is theirs.
@@ -417,11 +361,11 @@ impl Node {
             generation: object.metadata.generation,
             invalid_spec,
             failure_mode: wanted.failure_mode,
-            facts: self.facts().cloned(),
+            facts: self.survey.facts().cloned(),
             proxy,
             rejection: roster.rejection().cloned(),
             failure,
-            warning: Complaint::of(&self.obstacles),
+            warning: self.survey.warning(),
             listeners: session
                 .map(|session| session.listeners(wanted.ports))
                 .unwrap_or_default(),

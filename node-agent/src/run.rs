@@ -14,10 +14,11 @@ use tracing_subscriber::EnvFilter;
 
 use crate::args::{AgentArguments, Arguments, Command};
 use crate::metrics::Metrics;
-use crate::pass::{Host, Node};
+use crate::pass::Node;
 use crate::reconcile::Inputs;
 use crate::roster::Roster;
 use crate::session::{Doorman, Expected};
+use crate::survey::Host;
 use crate::watch::Known;
 use crate::{cleanup, health, publish, reconcile, session, watch as object};
 

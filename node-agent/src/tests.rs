@@ -23,11 +23,12 @@ use peer::Peer;
 use crate::cleanup::cleanup;
 use crate::desired::tests::{spec, workload};
 use crate::metrics::Metrics;
-use crate::pass::{Host, Node};
+use crate::pass::Node;
 use crate::reconcile::{self, Inputs};
 use crate::report::{Outcome, report};
 use crate::roster::Roster;
 use crate::session::{self, Doorman, Expected};
+use crate::survey::Host;
 use crate::watch::Known;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -373,9 +374,13 @@ async fn a_peer_that_is_not_the_nodes_proxy_is_turned_away_with_the_reason() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kernel_without_geneve_is_left_alone_and_named() {
     let bed = Bed::new(IptablesBackend::Nft);
-    let (facts, _) = datapath::facts::find(&bed.netns("host"), None, &Names::default())
-        .await
-        .unwrap();
+    let (facts, _) = datapath::facts::find(
+        &bed.netns("host"),
+        &Names::default(),
+        datapath::facts::Earlier::default(),
+    )
+    .await
+    .unwrap();
     let mut agent = Agent::start(&bed, 1_000).await;
     let mut geneve = veth(1);
     geneve.tunnel.kind = TunnelType::Geneve;

@@ -29,6 +29,7 @@ use crate::datapath::{Datapath, Item, Link};
 use crate::family::Family;
 use crate::input::{IptablesBackend, Marks};
 use crate::kernel::iptables::{Iptables, IptablesError};
+use crate::kernel::netfilter::Netfilter;
 use crate::kernel::netlink::{self, Netlink, NetlinkError, foreign_mark};
 use crate::kernel::sysctl::SysctlError;
 use crate::names::Names;
@@ -57,10 +58,21 @@ pub struct Others {
     rule_marks: Vec<u32>,
     /// What `iptables-save` prints; the kernel runs the rules of both backends.
     saved: Vec<Saved>,
+    /// The generation of nft's rules that it is of.
+    generation: Option<u32>,
     /// UDP sockets, also the kernel's own.
     sockets: Vec<std::net::SocketAddr>,
     /// The host's own rules are in the other backend than ours.
     moved: bool,
+}
+
+/// What is known from before.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Earlier<'a> {
+    /// The backend that this agent, or an earlier one of this node, uses.
+    pub backend: Option<IptablesBackend>,
+    /// What was found last.
+    pub others: Option<&'a Others>,
 }
 
 /// What the data path is going to need, as far as others may stand in its way.
@@ -111,14 +123,14 @@ pub enum FactsError {
     Thread(#[source] io::Error),
 }
 
-/// Looks; what `names` says is ours. `kept` is the backend that an earlier agent of this node used.
+/// Looks; what `names` says is ours.
 ///
 /// # Errors
 /// If something cannot be read; a missing right and a missing iptables are named.
 pub async fn find(
     host: &Netns,
-    kept: Option<IptablesBackend>,
     names: &Names,
+    earlier: Earlier<'_>,
 ) -> Result<(Facts, Others), FactsError> {
     let missing = rights::missing().map_err(FactsError::Status)?;
     if !missing.is_empty() {
@@ -128,10 +140,15 @@ pub async fn find(
     let netlink = Netlink::open(host).map_err(FactsError::Enter)?;
     let links = netlink.links().await?;
     let rules = netlink.rules().await?;
-    let saved = save(host, names).await?;
+    // Before the rules are read: a change while they are is seen the next time.
+    let generation = generation(host);
+    let unchanged = earlier
+        .others
+        .filter(|others| generation.is_some() && others.generation == generation);
+    let saved = save(host, names, unchanged).await?;
     let usage = |backend| backend::usage(saved.iter().filter(|saved| saved.backend == backend));
     let choice = backend::choose(
-        kept,
+        earlier.backend,
         usage(IptablesBackend::Nft),
         usage(IptablesBackend::Legacy),
     );
@@ -143,6 +160,7 @@ pub async fn find(
     let others = Others {
         rule_marks: rules.iter().filter_map(foreign_mark).collect(),
         saved,
+        generation,
         sockets: port::sockets(host)?,
         moved: choice.moved,
         links,
@@ -246,11 +264,26 @@ async fn geneve(netlink: &Netlink, links: &[LinkMessage]) -> bool {
     !netlink.is_unsupported(message).await
 }
 
-/// What both backends hold, of every family; nothing of legacy where it is not in use.
-async fn save(host: &Netns, names: &Names) -> Result<Vec<Saved>, FactsError> {
+/// That of nft's rules, if the kernel has it.
+fn generation(host: &Netns) -> Option<u32> {
+    Netfilter::open(host).ok()?.generation().ok()?
+}
+
+/// What both backends hold, of every family; nothing of legacy where it is not in use. That of nft is
+/// taken from `unchanged`: with thousands of rules it takes long to print.
+async fn save(
+    host: &Netns,
+    names: &Names,
+    unchanged: Option<&Others>,
+) -> Result<Vec<Saved>, FactsError> {
     let (host, names) = (host.clone(), names.clone());
+    let known: Option<Vec<Saved>> = unchanged.map(|others| {
+        let of_nft = |saved: &&Saved| saved.backend == IptablesBackend::Nft;
+        others.saved.iter().filter(of_nft).cloned().collect()
+    });
     let read = move || {
-        let mut found = Vec::new();
+        let is_known = known.is_some();
+        let mut found = known.unwrap_or_default();
         for family in host.families().map_err(FactsError::Enter)? {
             // Reading the legacy tables would load them where they are not in use.
             let tables = match family {
@@ -266,14 +299,16 @@ async fn save(host: &Netns, names: &Names) -> Result<Vec<Saved>, FactsError> {
                 let names = names.clone();
                 Ok(Saved {
                     backend,
-                    text,
+                    text: text.into(),
                     names,
                 })
             };
-            match dump(IptablesBackend::Nft) {
-                // An old kernel without nf_tables, whose host makes do with legacy.
-                Err(error) if in_use && lack::is_of_kernel(&error) => {}
-                nft => found.push(nft?),
+            if !is_known {
+                match dump(IptablesBackend::Nft) {
+                    // An old kernel without nf_tables, whose host makes do with legacy.
+                    Err(error) if in_use && lack::is_of_kernel(&error) => {}
+                    nft => found.push(nft?),
+                }
             }
             if in_use {
                 found.push(dump(IptablesBackend::Legacy)?);

@@ -3,7 +3,7 @@
 pub mod ip_set;
 pub mod iptables;
 pub mod linux;
-mod netfilter;
+pub(crate) mod netfilter;
 pub mod netlink;
 pub mod recorded;
 mod seen;

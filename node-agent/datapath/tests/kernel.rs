@@ -252,9 +252,13 @@ async fn a_proxys_namespace_is_found_from_both_sides() {
 #[tokio::test]
 async fn geneve_is_made_where_the_kernel_has_it_and_named_where_not() {
     let bed = Bed::new(IptablesBackend::Nft);
-    let (facts, _) = datapath::facts::find(&bed.netns("host"), None, &Names::default())
-        .await
-        .unwrap();
+    let (facts, _) = datapath::facts::find(
+        &bed.netns("host"),
+        &Names::default(),
+        datapath::facts::Earlier::default(),
+    )
+    .await
+    .unwrap();
     let geneve = input_with(TunnelKind::Geneve, 1);
     let mut kernel = kernel(&bed);
     kernel.attach(bed.netns("proxy")).unwrap();

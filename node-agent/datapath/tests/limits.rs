@@ -9,7 +9,7 @@ use bed::converge::{attached, converge, kernel};
 use bed::{Bed, HOST, PROXY, input_with};
 use datapath::attachment::{self, AttachError};
 use datapath::facts::lack::{self, Lack};
-use datapath::facts::{self, Interest, Obstacle, Others};
+use datapath::facts::{self, Earlier, Interest, Obstacle, Others};
 use datapath::names::Names;
 use datapath::{Datapath, IptablesBackend, Kernel, NodeInput, TunnelKind, build, plan};
 
@@ -19,14 +19,21 @@ const BACKENDS: [(IptablesBackend, &str); 2] = [
 ];
 
 async fn others(bed: &Bed) -> (facts::Facts, Others) {
-    facts::find(&bed.netns("host"), None, &Names::default())
+    facts::find(&bed.netns("host"), &Names::default(), Earlier::default())
         .await
         .unwrap()
 }
 
 /// What stands in the way of what is built from `input`.
 async fn obstacles(bed: &Bed, input: &NodeInput) -> Vec<Obstacle> {
-    let (facts, others) = others(bed).await;
+    obstacles_in(bed, input, &others(bed).await).await
+}
+
+async fn obstacles_in(
+    bed: &Bed,
+    input: &NodeInput,
+    (facts, others): &(facts::Facts, Others),
+) -> Vec<Obstacle> {
     let interest = Interest {
         marks: &input.marks,
         desired: &build(input),
@@ -34,7 +41,7 @@ async fn obstacles(bed: &Bed, input: &NodeInput) -> Vec<Obstacle> {
         ipv6: false,
     };
     let root = "/proc/sys/net".as_ref();
-    facts::obstacles(&bed.netns("host"), root, (&facts, &others), interest)
+    facts::obstacles(&bed.netns("host"), root, (facts, others), interest)
         .await
         .unwrap()
 }
@@ -174,6 +181,34 @@ async fn uses_of_our_marks_are_found_in_every_table_of_both_backends() {
             found.contains("the mark bits 0x300") && found.contains("--set-xmark 0x200/0xf00"),
             "{found}"
         );
+    }
+}
+
+#[tokio::test]
+async fn rules_that_changed_since_the_last_look_are_found() {
+    for (_, program) in BACKENDS {
+        let bed = Bed::new(IptablesBackend::Nft);
+        let (names, veth) = (Names::default(), input_with(TunnelKind::Veth, 1));
+        let rule = "PREROUTING -j MARK --set-xmark 0x200/0x200";
+        let mut found = others(&bed).await;
+        for (change, obstacles) in [("-A", 1), ("-D", 0), ("-A", 1)] {
+            bed.run(
+                "host",
+                &format!("iptables-{program} -t mangle {change} {rule}"),
+            );
+            let earlier = Earlier {
+                others: Some(&found.1),
+                ..Earlier::default()
+            };
+            let again = facts::find(&bed.netns("host"), &names, earlier).await;
+            found = again.unwrap();
+            let standing = obstacles_in(&bed, &veth, &found).await;
+            assert_eq!(
+                standing.len(),
+                obstacles,
+                "{program} {change}: {standing:?}"
+            );
+        }
     }
 }
 

@@ -154,7 +154,7 @@ COMMIT
 -A PREROUTING -j KUBE-SERVICES
 COMMIT
 "
-            .to_owned(),
+            .into(),
             names: Names::default(),
         };
         let expected = Usage {

@@ -1,5 +1,7 @@
 //! What `iptables-save` prints, line by line.
 
+use std::sync::Arc;
+
 use crate::input::IptablesBackend;
 use crate::names::Names;
 
@@ -7,7 +9,8 @@ use crate::names::Names;
 #[derive(Clone, Debug)]
 pub(super) struct Saved {
     pub(super) backend: IptablesBackend,
-    pub(super) text: String,
+    /// Megabytes on a host with many Services, and kept from pass to pass.
+    pub(super) text: Arc<str>,
     /// What is ours in it.
     pub(super) names: Names,
 }

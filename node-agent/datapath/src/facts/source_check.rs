@@ -10,14 +10,15 @@ pub(super) fn dropping(saved: &[Saved], device: &str) -> Option<Obstacle> {
     saved.iter().find_map(|saved| {
         let rules: Vec<Rule<'_>> = saved.foreign_rules().collect();
         let drops = |(index, rule): &(usize, &Rule<'_>)| {
+            if !is_check(**rule) {
+                return false;
+            }
             let before: Vec<Rule<'_>> = rules[..*index]
                 .iter()
                 .filter(|before| (before.table, before.chain) == (rule.table, rule.chain))
                 .copied()
                 .collect();
-            is_check(**rule)
-                && meets(**rule, &before, device)
-                && !is_exempt(&before, &rules, device)
+            meets(**rule, &before, device) && !is_exempt(&before, &rules, device)
         };
         let (_, rule) = rules.iter().enumerate().find(drops)?;
         Some(Obstacle::SourceCheck {
@@ -143,7 +144,7 @@ mod tests {
     fn saved(text: String) -> Saved {
         Saved {
             backend: IptablesBackend::Nft,
-            text,
+            text: text.into(),
             names: Names::default(),
         }
     }

@@ -37,13 +37,13 @@ const NETFILTER_HEADER: usize = 4;
 
 /// A netfilter socket in one namespace.
 #[derive(Debug)]
-pub(super) struct Netfilter {
+pub(crate) struct Netfilter {
     /// One question at a time, with the number of the last one.
     socket: Mutex<(Socket, u32)>,
 }
 
 impl Netfilter {
-    pub(super) fn open(netns: &Netns) -> io::Result<Self> {
+    pub(crate) fn open(netns: &Netns) -> io::Result<Self> {
         let socket = netns.run(|| -> io::Result<Socket> {
             let mut socket = Socket::new(NETLINK_NETFILTER)?;
             socket.bind_auto()?;
@@ -75,7 +75,7 @@ impl Netfilter {
     }
 
     /// The generation of nftables' rules: another number after every change of any of them.
-    pub(super) fn generation(&self) -> io::Result<Option<u32>> {
+    pub(crate) fn generation(&self) -> io::Result<Option<u32>> {
         let mut generation = None;
         self.ask(NFT_GETGEN, NLM_F_ACK, &[], |answer| {
             let value = within(answer, GENERATION_ID).next();
