@@ -28,7 +28,7 @@ images: prerequisites ## the container images, as archives that containerd impor
 	@tests/images
 
 .PHONY: bench
-bench: prerequisites ## the mesh against plain TCP and raw TLS: a table, and target/bench/latest.json
+bench: prerequisites ## a full node's passes; the mesh against plain TCP and raw TLS: tables, and target/bench/latest.json
 	tests/run-bench
 
 .PHONY: demo

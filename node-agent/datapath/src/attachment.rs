@@ -203,23 +203,21 @@ async fn host_end(
     let Some(peer) = netlink::peer_index(link) else {
         return Ok(None);
     };
-    let links = outside.links().await?;
-    let found = links.iter().find(|candidate| {
-        candidate.header.index == peer
-            && netlink::kind(candidate) == Some(InfoKind::Veth)
+    let candidate = outside.link_at(peer).await?.filter(|candidate| {
+        netlink::kind(candidate) == Some(InfoKind::Veth)
             && netlink::peer_index(candidate) == Some(index)
     });
-    Ok(found.map(netlink::name))
+    Ok(candidate.as_ref().map(netlink::name))
 }
 
 /// The device of the host's way to an address.
 async fn way_out(outside: &Netlink, ip: IpAddr) -> Result<String, AttachError> {
     let route = outside.route_to(ip, None).await?;
     let index = route.and_then(|route| way(&route).0);
-    let links = outside.links().await?;
-    let link = links
-        .iter()
-        .find(|link| Some(link.header.index) == index)
-        .ok_or(AttachError::NoHostRoute(ip))?;
-    Ok(netlink::name(link))
+    let link = match index {
+        Some(index) => outside.link_at(index).await?,
+        None => None,
+    };
+    let link = link.ok_or(AttachError::NoHostRoute(ip))?;
+    Ok(netlink::name(&link))
 }

@@ -269,10 +269,15 @@ impl Names {
         self.first_table + 2
     }
 
+    /// Our route tables on the host.
+    pub fn tables(&self) -> impl Iterator<Item = u32> {
+        self.first_table..self.first_table + TABLES
+    }
+
     /// Whether a route table of the host is ours.
     #[must_use]
     pub fn is_table(&self, table: u32) -> bool {
-        (self.first_table..self.first_table + TABLES).contains(&table)
+        self.tables().any(|ours| ours == table)
     }
 
     /// Priority: what carries the skip mark goes on at the main table's rule.

@@ -101,11 +101,6 @@ impl LinuxKernel {
     ) -> Result<BTreeSet<Item>, KernelError> {
         let side = &self.host;
         let mut items = self.observe_side(side, Place::Host, interest).await?;
-        let peers = match &self.proxy {
-            Some(proxy) => proxy.netlink.link_indices().await?,
-            None => BTreeMap::new(),
-        };
-        items.extend(side.netlink.host_links(&self.names, &peers).await?);
         let wanted = chains(interest, &items);
         let tables = [Table::Mangle, Table::Nat];
         items.extend(self.chains(side, wanted, &tables, look).await?);
@@ -119,7 +114,11 @@ impl LinuxKernel {
         place: Place,
         interest: &BTreeSet<Item>,
     ) -> Result<BTreeSet<Item>, KernelError> {
-        let mut items = side.netlink.observe(place, &self.names).await?;
+        let peers = match &self.proxy {
+            Some(proxy) if place == Place::Host => proxy.netlink.peers(&self.names).await?,
+            _ => BTreeMap::new(),
+        };
+        let mut items = side.netlink.observe(place, &self.names, &peers).await?;
         items.extend(sysctl::observe(&self.proc_root, &side.netns, interest)?);
         Ok(items)
     }

@@ -2,25 +2,20 @@
 
 mod device;
 mod message;
+mod read;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 
-use futures::TryStreamExt;
-use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
-use netlink_packet_route::link::{InfoData, InfoGeneve, InfoVeth, LinkFlags, LinkMessage};
-use netlink_packet_route::route::RouteMessage;
-use netlink_packet_route::rule::RuleMessage;
-use rtnetlink::{Handle, IpVersion, LinkGeneve, LinkMessageBuilder, LinkUnspec, LinkVeth};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags};
+use netlink_packet_route::link::{InfoData, InfoGeneve, InfoVeth, LinkMessage};
+use rtnetlink::{Handle, LinkGeneve, LinkMessageBuilder, LinkUnspec, LinkVeth};
 
-use crate::datapath::{Address, Item, Link, Place};
+use crate::datapath::{Address, Item, Link};
 use crate::family::Family;
-use crate::names::Names;
 use crate::netns::Netns;
-
-use device::{geneve, host_link, is_geneve, own_address};
 
 pub(crate) use device::{ip, kind, mtu, name, peer_index};
 pub(crate) use message::{foreign_mark, way};
@@ -63,155 +58,14 @@ impl Netlink {
         let runtime = tokio::runtime::Handle::current();
         let (connection, handle, _) = netns.run(|| {
             let _entered = runtime.enter();
-            rtnetlink::new_connection()
+            // A kernel that does not know how to filter lists (before 4.20) gives them whole.
+            rtnetlink::new_connection_with_strict_check().or_else(|_| rtnetlink::new_connection())
         })??;
         tokio::spawn(connection);
         Ok(Self {
             handle,
             families: netns.families()?,
         })
-    }
-
-    pub(crate) async fn links(&self) -> Result<Vec<LinkMessage>, NetlinkError> {
-        let links = self.handle.link().get().execute().try_collect();
-        links
-            .await
-            .map_err(|error| NetlinkError::Read("devices", error))
-    }
-
-    /// Index of each device.
-    pub(crate) async fn link_indices(&self) -> Result<BTreeMap<String, u32>, NetlinkError> {
-        Ok(self
-            .links()
-            .await?
-            .iter()
-            .map(|link| (name(link), link.header.index))
-            .collect())
-    }
-
-    pub(crate) async fn addresses(&self) -> Result<Vec<AddressMessage>, NetlinkError> {
-        let addresses = self.handle.address().get().execute().try_collect();
-        addresses
-            .await
-            .map_err(|error| NetlinkError::Read("addresses", error))
-    }
-
-    /// Routes of every family.
-    pub(crate) async fn routes(&self) -> Result<Vec<RouteMessage>, NetlinkError> {
-        let mut routes = Vec::new();
-        for family in self.families {
-            let mut message = RouteMessage::default();
-            message.header.address_family = message::address_family(*family);
-            let found = self.handle.route().get(message).execute();
-            let found: Vec<_> = found
-                .try_collect()
-                .await
-                .map_err(|error| NetlinkError::Read("routes", error))?;
-            routes.extend(found);
-        }
-        Ok(routes)
-    }
-
-    /// Rules of every family.
-    pub(crate) async fn rules(&self) -> Result<Vec<RuleMessage>, NetlinkError> {
-        let mut rules = Vec::new();
-        for family in self.families {
-            let version = match family {
-                Family::V4 => IpVersion::V4,
-                Family::V6 => IpVersion::V6,
-            };
-            let found = self.handle.rule().get(version).execute();
-            let found: Vec<_> = found
-                .try_collect()
-                .await
-                .map_err(|error| NetlinkError::Read("rules", error))?;
-            rules.extend(found);
-        }
-        Ok(rules)
-    }
-
-    /// Names of the BPF programs that tc runs on a device, both ways; empty for one without a name.
-    pub(crate) async fn bpf_programs(&self, index: u32) -> Result<Vec<String>, NetlinkError> {
-        let index = i32::try_from(index).unwrap_or_default();
-        let mut found = Vec::new();
-        for ingress in [true, false] {
-            let filters = self.handle.traffic_filter(index).get();
-            let filters = if ingress {
-                filters.ingress()
-            } else {
-                filters.egress()
-            };
-            match filters.execute().try_collect::<Vec<_>>().await {
-                Ok(filters) => found.extend(filters.iter().filter_map(device::bpf_program)),
-                // A kernel without filters.
-                Err(error) if is_errno(&error, nix::libc::EOPNOTSUPP) => {}
-                Err(error) => return Err(NetlinkError::Read("filters of tc", error)),
-            }
-        }
-        Ok(found)
-    }
-
-    /// The way the kernel takes to an address, as `ip route get`.
-    pub(crate) async fn route_to(
-        &self,
-        to: IpAddr,
-        mark: Option<u32>,
-    ) -> Result<Option<RouteMessage>, NetlinkError> {
-        let message = message::query(to, mark);
-        let mut routes = self.handle.route().get(message).execute();
-        match routes.try_next().await {
-            Ok(route) => Ok(route),
-            Err(error) if is_errno(&error, nix::libc::ENETUNREACH) => Ok(None),
-            Err(error) if is_errno(&error, nix::libc::EHOSTUNREACH) => Ok(None),
-            Err(error) => Err(NetlinkError::Change(format!("the route to {to}"), error)),
-        }
-    }
-
-    /// What this namespace holds of ours, but for the host's links.
-    pub(super) async fn observe(
-        &self,
-        place: Place,
-        names: &Names,
-    ) -> Result<BTreeSet<Item>, NetlinkError> {
-        let links = self.links().await?;
-        let devices: BTreeMap<u32, String> = links
-            .iter()
-            .map(|link| (link.header.index, name(link)))
-            .collect();
-        let mut items = BTreeSet::new();
-        for link in links.iter().filter(|link| names.is_device(&name(link))) {
-            if link.header.flags.contains(LinkFlags::Up) {
-                items.insert(Item::Up(name(link)));
-            }
-            if place == Place::Proxy && is_geneve(link) {
-                items.insert(Item::Link(geneve(link)));
-            }
-        }
-        for address in self.addresses().await? {
-            items.extend(own_address(&address, &devices, names).map(Item::Address));
-        }
-        for route in self.routes().await? {
-            items.extend(message::own_route(&route, place, &devices, names).map(Item::Route));
-        }
-        for rule in self.rules().await? {
-            items.extend(message::own_rule(&rule, place, names).map(Item::Rule));
-        }
-        Ok(items)
-    }
-
-    /// The host's ends of the tunnels. `peers` are the devices of the proxy's namespace.
-    pub(super) async fn host_links(
-        &self,
-        names: &Names,
-        peers: &BTreeMap<String, u32>,
-    ) -> Result<Vec<Item>, NetlinkError> {
-        let links = self.links().await?;
-        let ours = links
-            .iter()
-            .filter(|link| [names.inbound(), names.outbound()].contains(&name(link).as_str()));
-        Ok(ours
-            .map(|link| Item::Link(host_link(link, peers)))
-            .collect())
     }
 
     /// Makes, replaces or removes one item.
@@ -284,7 +138,12 @@ impl Netlink {
         &self,
         changes: &[(Option<&Item>, Option<&Item>)],
     ) -> Result<(), (usize, NetlinkError)> {
-        let indices = self.link_indices().await.map_err(|error| (0, error))?;
+        let devices: BTreeSet<&str> = changes.iter().filter_map(device_of).collect();
+        let mut indices = BTreeMap::new();
+        for device in devices {
+            let link = self.link(device).await.map_err(|error| (0, error))?;
+            indices.extend(link.map(|link| (device, link.header.index)));
+        }
         let requests = changes
             .iter()
             .map(|(old, new)| self.change_route(*old, *new, &indices));
@@ -302,10 +161,8 @@ impl Netlink {
     }
 
     async fn device(&self, device: &str) -> Result<u32, NetlinkError> {
-        let indices = self.link_indices().await?;
-        indices
-            .get(device)
-            .copied()
+        let link = self.link(device).await?;
+        link.map(|link| link.header.index)
             .ok_or_else(|| NetlinkError::NoDevice(device.to_owned()))
     }
 
@@ -313,7 +170,7 @@ impl Netlink {
         &self,
         old: Option<&Item>,
         new: Option<&Item>,
-        indices: &BTreeMap<String, u32>,
+        indices: &BTreeMap<&str, u32>,
     ) -> Result<(), NetlinkError> {
         let Some(Item::Route(route)) = new.or(old) else {
             return Ok(());
@@ -386,6 +243,14 @@ impl Netlink {
             }
             other => other.map_err(|error| NetlinkError::Change(link.to_string(), error)),
         }
+    }
+}
+
+/// The device of the route that comes, or else of the one that goes.
+fn device_of<'a>((old, new): &(Option<&'a Item>, Option<&'a Item>)) -> Option<&'a str> {
+    match (*new).or(*old) {
+        Some(Item::Route(route)) => message::route_device(route),
+        _ => None,
     }
 }
 

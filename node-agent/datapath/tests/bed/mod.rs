@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "whoever uses it uses a part of it")]
 
 pub(crate) mod converge;
+pub(crate) mod crowd;
 pub(crate) mod dial;
 pub(crate) mod foreign;
 pub(crate) mod read;

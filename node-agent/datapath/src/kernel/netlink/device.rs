@@ -11,7 +11,7 @@ use netlink_packet_route::link::{
 use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcMessage, TcOption};
 
 use crate::datapath::{Address, Link};
-use crate::names::{LINK_LOCAL, Names, peer};
+use crate::names::{LINK_LOCAL, peer};
 
 pub(crate) fn name(link: &LinkMessage) -> String {
     link.attributes
@@ -126,15 +126,14 @@ pub(super) fn bpf_program(filter: &TcMessage) -> Option<String> {
     attached.then(|| name.unwrap_or_default())
 }
 
-pub(super) fn own_address(
-    message: &AddressMessage,
-    devices: &BTreeMap<u32, String>,
-    names: &Names,
-) -> Option<Address> {
-    let device = devices.get(&message.header.index)?.clone();
+/// An address of a device of ours, unless the kernel gave it.
+pub(super) fn own_address(message: &AddressMessage, device: &str) -> Option<Address> {
     let ip = ip(message)?;
     let address = IpNet::new(ip, message.header.prefix_len).ok()?;
-    (names.is_device(&device) && !is_kernels_own(ip)).then_some(Address { device, address })
+    (!is_kernels_own(ip)).then(|| Address {
+        device: device.to_owned(),
+        address,
+    })
 }
 
 /// The kernel gives every device a link-local address, unless told otherwise.
