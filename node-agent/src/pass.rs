@@ -142,7 +142,7 @@ impl Node {
     /// Surveys the host, and opens its kernel.
     async fn survey(&mut self, full: bool, kept: Option<IptablesBackend>) -> Result<(), Failure> {
         let before = self.survey.facts().map(|facts| facts.iptables);
-        self.survey.renew(&self.host, full, kept).await?;
+        let renewed = self.survey.renew(&self.host, full, kept).await?;
         let Some(facts) = self.survey.facts() else {
             return Ok(());
         };
@@ -158,6 +158,9 @@ impl Node {
                 self.host.names.clone(),
             );
             self.kernel = Some(kernel.map_err(|error| Failure::from(&error))?);
+        }
+        if let Some(kernel) = self.kernel.as_ref().filter(|_| renewed) {
+            kernel.learn(self.survey.dumps());
         }
         Ok(())
     }

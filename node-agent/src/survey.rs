@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use datapath::attachment::Attachment;
 use datapath::facts::{self, Earlier, Facts, Interest, Obstacle, Others, Severity};
+use datapath::kernel::iptables::Dump;
 use datapath::names::Names;
 use datapath::netns::Netns;
 use datapath::{Datapath, IptablesBackend};
@@ -37,14 +38,15 @@ impl Survey {
 
     /// Finds out what the kernel can do and what others hold in it; what rarely changes only if this is
     /// a `full` pass, or while something has to go. `kept` is the backend that the status speaks of.
+    /// Whether it has looked.
     pub(crate) async fn renew(
         &mut self,
         host: &Host,
         full: bool,
         kept: Option<IptablesBackend>,
-    ) -> Result<(), Failure> {
+    ) -> Result<bool, Failure> {
         if !full && self.found.is_some() && !self.is_hindered() {
-            return Ok(());
+            return Ok(false);
         }
         let earlier = Earlier {
             backend: self.facts().map(|facts| facts.iptables).or(kept),
@@ -54,7 +56,12 @@ impl Survey {
             .await
             .map_err(|error| Failure::from(&error))?;
         self.found = Some(found);
-        Ok(())
+        Ok(true)
+    }
+
+    /// What `iptables-save` printed.
+    pub(crate) fn dumps(&self) -> impl Iterator<Item = Dump<'_>> {
+        self.found.iter().flat_map(|(_, others)| others.dumps())
     }
 
     /// Finds out what stands in the way of what is wanted; if it is not `due`, only where it has to go

@@ -28,7 +28,7 @@ use rtnetlink::LinkGeneve;
 use crate::datapath::{Datapath, Item, Link};
 use crate::family::Family;
 use crate::input::{IptablesBackend, Marks};
-use crate::kernel::iptables::{Iptables, IptablesError};
+use crate::kernel::iptables::{Dump, Iptables, IptablesError};
 use crate::kernel::netfilter::Netfilter;
 use crate::kernel::netlink::{self, Netlink, NetlinkError, foreign_mark};
 use crate::kernel::sysctl::SysctlError;
@@ -215,6 +215,19 @@ pub async fn obstacles(
 }
 
 impl Others {
+    /// What `iptables-save` printed.
+    pub fn dumps(&self) -> impl Iterator<Item = Dump<'_>> {
+        self.saved.iter().map(|saved| Dump {
+            backend: saved.backend,
+            family: saved.family,
+            generation: match saved.backend {
+                IptablesBackend::Nft => self.generation,
+                IptablesBackend::Legacy => None,
+            },
+            text: &saved.text,
+        })
+    }
+
     /// The backends that hold chains of ours: none, one, or both after somebody mixed them.
     #[must_use]
     pub fn holding_ours(&self) -> BTreeSet<IptablesBackend> {
@@ -299,6 +312,7 @@ async fn save(
                 let names = names.clone();
                 Ok(Saved {
                     backend,
+                    family: *family,
                     text: text.into(),
                     names,
                 })

@@ -73,6 +73,7 @@ mod tests {
     use IptablesBackend::{Legacy, Nft};
 
     use super::*;
+    use crate::family::Family;
     use crate::names::Names;
 
     const NONE: Usage = Usage {
@@ -141,6 +142,7 @@ mod tests {
     fn rules_chains_and_hints_are_counted_and_ours_are_not() {
         let saved = Saved {
             backend: Nft,
+            family: Family::V4,
             text: "*mangle
 :PREROUTING ACCEPT [0:0]
 :KUBE-IPTABLES-HINT - [0:0]

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::family::Family;
 use crate::input::IptablesBackend;
 use crate::names::Names;
 
@@ -9,6 +10,7 @@ use crate::names::Names;
 #[derive(Clone, Debug)]
 pub(super) struct Saved {
     pub(super) backend: IptablesBackend,
+    pub(super) family: Family,
     /// Megabytes on a host with many Services, and kept from pass to pass.
     pub(super) text: Arc<str>,
     /// What is ours in it.
@@ -38,7 +40,9 @@ impl Saved {
                 chain,
                 text: line,
             };
-            let ours = self.is_ours(chain) || rule.target().is_some_and(|to| self.is_ours(to));
+            // Taking thousands of lines into words takes long.
+            let ours = line.contains(self.names.chain_prefix())
+                && (self.is_ours(chain) || rule.target().is_some_and(|to| self.is_ours(to)));
             (!ours).then_some(rule)
         })
     }

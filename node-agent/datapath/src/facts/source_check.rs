@@ -31,7 +31,8 @@ pub(super) fn dropping(saved: &[Saved], device: &str) -> Option<Obstacle> {
 /// A strict check of the way back. A loose one is content with any device, and lets us through.
 fn is_check(rule: Rule<'_>) -> bool {
     let has = |word: &str| rule.words().any(|found| found == word);
-    has("rpfilter")
+    rule.text.contains("rpfilter")
+        && has("rpfilter")
         && has("--invert")
         && !has("--loose")
         && matches!(rule.target(), Some("DROP" | "REJECT"))
@@ -117,6 +118,7 @@ fn interface(rule: Rule<'_>, device: &str) -> Interface {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::family::Family;
     use crate::input::IptablesBackend;
     use crate::names::Names;
 
@@ -144,6 +146,7 @@ mod tests {
     fn saved(text: String) -> Saved {
         Saved {
             backend: IptablesBackend::Nft,
+            family: Family::V4,
             text: text.into(),
             names: Names::default(),
         }

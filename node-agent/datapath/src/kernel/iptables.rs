@@ -18,6 +18,30 @@ pub struct Iptables {
     backend: IptablesBackend,
 }
 
+/// All tables of one backend and one family, as `iptables-save` prints them.
+#[derive(Clone, Copy, Debug)]
+pub struct Dump<'a> {
+    /// The backend.
+    pub backend: IptablesBackend,
+    /// The family.
+    pub family: Family,
+    /// That of nftables' rules before they were read.
+    pub generation: Option<u32>,
+    /// The text.
+    pub text: &'a str,
+}
+
+impl Dump<'_> {
+    /// Our chains of a table, none if there are none.
+    pub(super) fn chains(&self, table: Table, names: &Names) -> Option<Chains> {
+        let start = format!("*{}\n", table.name());
+        let place = self.text.find(&start)?;
+        let text = self.text.get(place..)?;
+        let end = text.find("\nCOMMIT").unwrap_or(text.len());
+        chains(self.family, table, names, text.get(..end)?)
+    }
+}
+
 /// Chains that could not be read or replaced.
 #[derive(Debug, thiserror::Error)]
 pub enum IptablesError {
@@ -83,13 +107,7 @@ impl Iptables {
         netns: &Netns,
     ) -> Result<Option<Chains>, IptablesError> {
         let saved = self.save(family, table, netns)?;
-        let chains = parse(&saved, names);
-        Ok((!chains.is_empty()).then_some(Chains {
-            family,
-            table,
-            prefix: names.chain_prefix().to_owned(),
-            chains,
-        }))
+        Ok(chains(family, table, names, &saved))
     }
 
     /// What `iptables-save` prints of a table.
@@ -196,6 +214,16 @@ fn child(program: &str, arguments: &[&str], input: &str) -> io::Result<Output> {
     child.wait_with_output()
 }
 
+fn chains(family: Family, table: Table, names: &Names, saved: &str) -> Option<Chains> {
+    let chains = parse(saved, names);
+    (!chains.is_empty()).then(|| Chains {
+        family,
+        table,
+        prefix: names.chain_prefix().to_owned(),
+        chains,
+    })
+}
+
 /// Our chains in what `iptables-save` printed, by built-in chain.
 pub(crate) fn parse(saved: &str, names: &Names) -> BTreeMap<String, Chain> {
     let mut chains: BTreeMap<String, Chain> = BTreeMap::new();
@@ -299,6 +327,23 @@ COMMIT
         assert_eq!(chains["PREROUTING"].jumps, [1]);
         assert_eq!(chains["PREROUTING"].rules.len(), 2);
         assert!(chains["INPUT"].jumps.is_empty());
+    }
+
+    #[test]
+    fn of_a_dump_only_the_table_that_is_asked_for_is_read() {
+        let other = "*nat\n:PREROUTING ACCEPT [0:0]\n:ztunnel-POSTROUTING - [0:0]\nCOMMIT\n";
+        let text = format!("{other}{SAVED}*raw\n:ztunnel-OUTPUT - [0:0]\nCOMMIT\n");
+        let dump = Dump {
+            backend: IptablesBackend::Legacy,
+            family: Family::V4,
+            generation: None,
+            text: &text,
+        };
+        let names = Names::default();
+        let mangle = dump.chains(Table::Mangle, &names).unwrap();
+        assert_eq!(mangle.chains, parse(SAVED, &names));
+        let nat = dump.chains(Table::Nat, &names).unwrap();
+        assert_eq!(nat.chains.keys().collect::<Vec<_>>(), ["POSTROUTING"]);
     }
 
     #[test]

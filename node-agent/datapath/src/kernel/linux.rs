@@ -7,7 +7,7 @@ use crate::datapath::{Datapath, Item, Member, Place, Table};
 use crate::family::Family;
 use crate::input::IptablesBackend;
 use crate::kernel::ip_set;
-use crate::kernel::iptables::{Iptables, IptablesError};
+use crate::kernel::iptables::{Dump, Iptables, IptablesError};
 use crate::kernel::netfilter::Netfilter;
 use crate::kernel::netlink::Netlink;
 use crate::kernel::seen::{Seen, Trust};
@@ -18,6 +18,10 @@ use crate::plan::{Change, Plan, Step};
 
 /// Requests that wait for the kernel's answer at a time: their answers fit in a socket's buffer.
 const BATCH: usize = 64;
+
+/// Tables that hold chains of ours.
+const HOST_TABLES: [Table; 2] = [Table::Mangle, Table::Nat];
+const PROXY_TABLES: [Table; 1] = [Table::Mangle];
 
 /// The kernel of this node: the host's namespace, and the proxy's when one is attached.
 #[derive(Debug)]
@@ -80,6 +84,19 @@ impl LinuxKernel {
         Ok(read.map_err(|error| KernelError::Enter(Place::Host, error))??)
     }
 
+    /// Takes over what a survey of the host has just read, so that the observation that comes now need
+    /// not read it again.
+    pub fn learn<'a>(&self, dumps: impl Iterator<Item = Dump<'a>>) {
+        let ours = dumps.filter(|dump| dump.backend == self.backend);
+        let of_one = |dump: Dump<'a>| {
+            HOST_TABLES.map(|table| {
+                let chains = dump.chains(table, &self.names);
+                ((dump.family, table), dump.generation, chains)
+            })
+        };
+        self.host.seen.learn(ours.flat_map(of_one));
+    }
+
     async fn look(&self, interest: &Datapath, look: Look) -> Result<Datapath, KernelError> {
         let host = self.observe_host(&interest.host, look).await?;
         let mut proxy = BTreeSet::new();
@@ -88,8 +105,7 @@ impl LinuxKernel {
                 .observe_side(side, Place::Proxy, &interest.proxy)
                 .await?;
             let wanted = chains(&interest.proxy, &proxy);
-            let tables = [Table::Mangle];
-            proxy.extend(self.chains(side, wanted, &tables, look).await?);
+            proxy.extend(self.chains(side, wanted, &PROXY_TABLES, look).await?);
         }
         Ok(Datapath { host, proxy })
     }
@@ -102,8 +118,7 @@ impl LinuxKernel {
         let side = &self.host;
         let mut items = self.observe_side(side, Place::Host, interest).await?;
         let wanted = chains(interest, &items);
-        let tables = [Table::Mangle, Table::Nat];
-        items.extend(self.chains(side, wanted, &tables, look).await?);
+        items.extend(self.chains(side, wanted, &HOST_TABLES, look).await?);
         items.extend(ip_set::observe(&side.netfilter, &self.names)?);
         Ok(items)
     }

@@ -12,11 +12,13 @@ pub(super) struct Seen {
     readings: Mutex<BTreeMap<(Family, Table), Reading>>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Reading {
     /// That of nftables' rules before the reading.
     generation: Option<u32>,
     chains: Option<Chains>,
+    /// Read a moment ago by somebody else, and not used yet.
+    fresh: bool,
 }
 
 /// How much a former reading is worth.
@@ -24,19 +26,21 @@ struct Reading {
 pub(super) enum Trust {
     /// Nobody has written since, as far as is known.
     Any,
-    /// Nobody has written since if this is still the generation.
+    /// Nobody has written since if this is still the generation, or if it was read a moment ago.
     Generation(Option<u32>),
 }
 
 impl Seen {
     /// What was read of a table's chains, if that can be trusted.
     pub(super) fn recall(&self, of: (Family, Table), trust: Trust) -> Option<Option<Chains>> {
-        let reading = self.readings().get(&of).cloned()?;
+        let mut readings = self.readings();
+        let reading = readings.get_mut(&of)?;
+        let fresh = std::mem::take(&mut reading.fresh);
         let holds = match trust {
             Trust::Any => true,
-            Trust::Generation(now) => now.is_some() && now == reading.generation,
+            Trust::Generation(now) => fresh || now.is_some() && now == reading.generation,
         };
-        holds.then_some(reading.chains)
+        holds.then(|| reading.chains.clone())
     }
 
     /// Keeps what was read, with the generation from before.
@@ -46,7 +50,30 @@ impl Seen {
         generation: Option<u32>,
         chains: Option<Chains>,
     ) {
-        self.readings().insert(of, Reading { generation, chains });
+        let fresh = false;
+        let reading = Reading {
+            generation,
+            chains,
+            fresh,
+        };
+        self.readings().insert(of, reading);
+    }
+
+    /// Takes over what somebody else has just read; whatever is not in it counts as unread.
+    pub(super) fn learn(
+        &self,
+        read: impl Iterator<Item = ((Family, Table), Option<u32>, Option<Chains>)>,
+    ) {
+        let fresh = true;
+        let readings = read.map(|(of, generation, chains)| {
+            let reading = Reading {
+                generation,
+                chains,
+                fresh,
+            };
+            (of, reading)
+        });
+        *self.readings() = readings.collect();
     }
 
     /// The table is about to be written.
@@ -75,6 +102,16 @@ mod tests {
         assert_eq!(seen.recall(OF, Trust::Generation(Some(8))), None);
         seen.forget(OF);
         assert_eq!(seen.recall(OF, Trust::Any), None);
+    }
+
+    #[test]
+    fn what_was_just_read_is_trusted_once() {
+        let seen = Seen::default();
+        seen.keep((Family::V6, Table::Nat), Some(7), None);
+        seen.learn([(OF, None, None)].into_iter());
+        assert_eq!(seen.recall(OF, Trust::Generation(None)), Some(None));
+        assert_eq!(seen.recall(OF, Trust::Generation(None)), None);
+        assert_eq!(seen.recall((Family::V6, Table::Nat), Trust::Any), None);
     }
 
     #[test]

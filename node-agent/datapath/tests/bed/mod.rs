@@ -212,6 +212,8 @@ impl Bed {
             .save("host")
             .lines()
             .filter(|line| !line.starts_with('#'))
+            // Whoever changes a table by iptables-legacy sets its policies' counters to zero.
+            .map(|line| line.split(" [").next().unwrap_or_default())
             .collect::<Vec<_>>()
             .join("\n")
     }
