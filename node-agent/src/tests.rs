@@ -17,6 +17,7 @@ use jiff::Timestamp;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
+use bed::foreign::CILIUM_MARKS;
 use bed::{Bed, PODS};
 use peer::Peer;
 
@@ -410,6 +411,43 @@ async fn marks_that_others_use_are_a_conflict_and_nothing_is_begun() {
         .until(conditions::REDIRECTION_READY, "MarksConflict")
         .await;
     assert!(!bed.run("host", "ip link").contains("istioin"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn beside_ciliums_own_marks_nothing_is_written() {
+    for backend in [IptablesBackend::Nft, IptablesBackend::Legacy] {
+        let bed = Bed::new(backend);
+        bed.occupy();
+        bed.restore(CILIUM_MARKS);
+        bed.run(
+            "host",
+            "ip rule add priority 9 fwmark 0x200/0xf00 lookup 2004",
+        );
+        let before = bed.dump();
+        let mut agent = Agent::start(&bed, 1_000).await;
+        agent.want(veth(1));
+        let _peer = Peer::connect(&agent.socket, &bed, "proxy").await;
+        agent
+            .until(conditions::REDIRECTION_READY, "MarksConflict")
+            .await;
+        assert_eq!(before, bed.dump());
+        let both = bed.run("host", "iptables-nft-save; iptables-legacy-save");
+        assert!(!both.contains("ztunnel-"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn beside_others_with_marks_of_their_own_the_pods_are_enrolled() {
+    for backend in [IptablesBackend::Nft, IptablesBackend::Legacy] {
+        let bed = Bed::new(backend);
+        bed.occupy();
+        let (_agent, _peer) = ready(&bed, 1).await;
+        assert!(is_member(&bed, 0));
+        assert!(
+            bed.save("host")
+                .contains("-A PREROUTING -j ztunnel-PREROUTING")
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
