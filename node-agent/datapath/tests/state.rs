@@ -20,33 +20,71 @@ macro_rules! list {
     };
 }
 
-/// A test of one case for both kinds of device.
-macro_rules! case {
-    ($run:ident, $veth:ident, $geneve:ident, $case:literal) => {
-        #[tokio::test]
-        async fn $veth() {
-            $run(TunnelKind::Veth, list!("veth", $case)).await;
-        }
-
-        #[tokio::test]
-        #[ignore = "needs a kernel with geneve: ring 5"]
-        async fn $geneve() {
-            $run(TunnelKind::Geneve, list!("geneve", $case)).await;
-        }
-    };
+#[tokio::test]
+async fn state_without_pods() {
+    no_pods(TunnelKind::Veth, list!("veth", "no_pods")).await;
 }
 
-case!(no_pods, veth_no_pods, geneve_no_pods, "no_pods");
-case!(one_pod, veth_one_pod, geneve_one_pod, "one_pod");
-case!(two_pods, veth_two_pods, geneve_two_pods, "two_pods");
-case!(pod_gone, veth_pod_gone, geneve_pod_gone, "pod_gone");
-case!(
-    proxy_replaced,
-    veth_proxy_replaced,
-    geneve_proxy_replaced,
-    "proxy_replaced"
-);
-case!(dual_stack, veth_dual_stack, geneve_dual_stack, "dual_stack");
+#[tokio::test]
+#[ignore = "needs a kernel with geneve: ring 5"]
+async fn geneve_state_without_pods() {
+    no_pods(TunnelKind::Geneve, list!("geneve", "no_pods")).await;
+}
+
+#[tokio::test]
+async fn state_with_one_pod() {
+    one_pod(TunnelKind::Veth, list!("veth", "one_pod")).await;
+}
+
+#[tokio::test]
+#[ignore = "needs a kernel with geneve: ring 5"]
+async fn geneve_state_with_one_pod() {
+    one_pod(TunnelKind::Geneve, list!("geneve", "one_pod")).await;
+}
+
+#[tokio::test]
+async fn state_with_two_pods() {
+    two_pods(TunnelKind::Veth, list!("veth", "two_pods")).await;
+}
+
+#[tokio::test]
+#[ignore = "needs a kernel with geneve: ring 5"]
+async fn geneve_state_with_two_pods() {
+    two_pods(TunnelKind::Geneve, list!("geneve", "two_pods")).await;
+}
+
+#[tokio::test]
+async fn state_after_a_pod_has_gone() {
+    pod_gone(TunnelKind::Veth, list!("veth", "pod_gone")).await;
+}
+
+#[tokio::test]
+#[ignore = "needs a kernel with geneve: ring 5"]
+async fn geneve_state_after_a_pod_has_gone() {
+    pod_gone(TunnelKind::Geneve, list!("geneve", "pod_gone")).await;
+}
+
+#[tokio::test]
+async fn state_with_another_proxy() {
+    proxy_replaced(TunnelKind::Veth, list!("veth", "proxy_replaced")).await;
+}
+
+#[tokio::test]
+#[ignore = "needs a kernel with geneve: ring 5"]
+async fn geneve_state_with_another_proxy() {
+    proxy_replaced(TunnelKind::Geneve, list!("geneve", "proxy_replaced")).await;
+}
+
+#[tokio::test]
+async fn state_with_both_families() {
+    dual_stack(TunnelKind::Veth, list!("veth", "dual_stack")).await;
+}
+
+#[tokio::test]
+#[ignore = "needs a kernel with geneve: ring 5"]
+async fn geneve_state_with_both_families() {
+    dual_stack(TunnelKind::Geneve, list!("geneve", "dual_stack")).await;
+}
 
 type List = (&'static str, &'static str);
 
