@@ -35,6 +35,10 @@ const GENERATION_ID: u16 = 1;
 const HEADER: usize = 16;
 const NETFILTER_HEADER: usize = 4;
 
+/// The answer that acknowledges or refuses, and the one that ends a list.
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+
 /// A netfilter socket in one namespace.
 #[derive(Debug)]
 pub(crate) struct Netfilter {
@@ -122,9 +126,6 @@ impl Netfilter {
         }
     }
 }
-
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
 
 fn question(kind: u16, flags: u16, number: u32, attributes: &[DefaultNla]) -> Vec<u8> {
     let length = HEADER + NETFILTER_HEADER + attributes.buffer_len();

@@ -1,8 +1,7 @@
 //! What rtnetlink tells. Where it can it is asked for ours alone: a node has hundreds of devices,
 //! addresses and routes of others.
 
-use std::collections::BTreeMap;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use futures::TryStreamExt;
