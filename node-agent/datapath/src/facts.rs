@@ -138,14 +138,13 @@ pub async fn find(
     }
     let release = nix::sys::utsname::uname().map_err(FactsError::Uname)?;
     let netlink = Netlink::open(host).map_err(FactsError::Enter)?;
-    let links = netlink.links().await?;
-    let rules = netlink.rules().await?;
     // Before the rules are read: a change while they are is seen the next time.
     let generation = generation(host);
     let unchanged = earlier
         .others
         .filter(|others| generation.is_some() && others.generation == generation);
-    let saved = save(host, names, unchanged).await?;
+    let list = async { Ok((netlink.links().await?, netlink.rules().await?)) };
+    let ((links, rules), saved) = tokio::try_join!(list, save(host, names, unchanged))?;
     let usage = |backend| backend::usage(saved.iter().filter(|saved| saved.backend == backend));
     let choice = backend::choose(
         earlier.backend,
@@ -289,48 +288,61 @@ async fn save(
     names: &Names,
     unchanged: Option<&Others>,
 ) -> Result<Vec<Saved>, FactsError> {
-    let (host, names) = (host.clone(), names.clone());
-    let known: Option<Vec<Saved>> = unchanged.map(|others| {
-        let of_nft = |saved: &&Saved| saved.backend == IptablesBackend::Nft;
-        others.saved.iter().filter(of_nft).cloned().collect()
-    });
-    let read = move || {
-        let is_known = known.is_some();
-        let mut found = known.unwrap_or_default();
-        for family in host.families().map_err(FactsError::Enter)? {
-            // Reading the legacy tables would load them where they are not in use.
-            let tables = match family {
-                Family::V4 => "/proc/thread-self/net/ip_tables_names",
-                Family::V6 => "/proc/thread-self/net/ip6_tables_names",
-            };
-            let in_use = host
-                .run(|| std::fs::read_to_string(tables))
-                .map_err(FactsError::Enter)?
-                .is_ok_and(|tables| !tables.trim().is_empty());
-            let dump = |backend| {
-                let text = Iptables::new(backend).dump(*family, &host)?;
-                let names = names.clone();
-                Ok(Saved {
-                    backend,
-                    family: *family,
-                    text: text.into(),
-                    names,
-                })
-            };
-            if !is_known {
-                match dump(IptablesBackend::Nft) {
-                    // An old kernel without nf_tables, whose host makes do with legacy.
-                    Err(error) if in_use && lack::is_of_kernel(&error) => {}
-                    nft => found.push(nft?),
-                }
-            }
-            if in_use {
-                found.push(dump(IptablesBackend::Legacy)?);
-            }
+    let of_one = |family: &Family| {
+        let (host, names, family) = (host.clone(), names.clone(), *family);
+        let known: Option<Vec<Saved>> = unchanged.map(|others| {
+            let is_known =
+                |saved: &&Saved| (saved.backend, saved.family) == (IptablesBackend::Nft, family);
+            others.saved.iter().filter(is_known).cloned().collect()
+        });
+        let save = move || save_family(&host, &names, family, known);
+        async {
+            tokio::task::spawn_blocking(save)
+                .await
+                .unwrap_or_else(|error| Err(FactsError::Thread(io::Error::other(error))))
         }
-        Ok(found)
     };
-    tokio::task::spawn_blocking(read)
-        .await
-        .unwrap_or_else(|error| Err(FactsError::Thread(io::Error::other(error))))
+    let families = host.families().map_err(FactsError::Enter)?;
+    let found = futures::future::join_all(families.iter().map(of_one)).await;
+    let found: Vec<_> = found.into_iter().collect::<Result<_, _>>()?;
+    Ok(found.concat())
+}
+
+/// What both backends hold of one family; what nft holds may be known.
+fn save_family(
+    host: &Netns,
+    names: &Names,
+    family: Family,
+    known: Option<Vec<Saved>>,
+) -> Result<Vec<Saved>, FactsError> {
+    // Reading the legacy tables would load them where they are not in use.
+    let tables = match family {
+        Family::V4 => "/proc/thread-self/net/ip_tables_names",
+        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
+    };
+    let in_use = host
+        .run(|| std::fs::read_to_string(tables))
+        .map_err(FactsError::Enter)?
+        .is_ok_and(|tables| !tables.trim().is_empty());
+    let dump = |backend| {
+        let text = Iptables::new(backend).dump(family, host)?;
+        Ok(Saved {
+            backend,
+            family,
+            text: text.into(),
+            names: names.clone(),
+        })
+    };
+    let mut found = match known {
+        Some(known) => known,
+        None => match dump(IptablesBackend::Nft) {
+            // An old kernel without nf_tables, whose host makes do with legacy.
+            Err(error) if in_use && lack::is_of_kernel(&error) => Vec::new(),
+            nft => vec![nft?],
+        },
+    };
+    if in_use {
+        found.push(dump(IptablesBackend::Legacy)?);
+    }
+    Ok(found)
 }
