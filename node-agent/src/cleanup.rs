@@ -1,6 +1,8 @@
 //! Removes everything of ours from the host's network namespace, without a cluster.
 
+use std::collections::BTreeSet;
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use datapath::datapath::{Route, Sysctl, Target};
@@ -8,6 +10,7 @@ use datapath::facts::{self, Earlier, FactsError};
 use datapath::kernel::{ApplyError, Kernel, KernelError, LinuxKernel};
 use datapath::names::Names;
 use datapath::netns::Netns;
+use datapath::pod_devices::HostDevices;
 use datapath::{Datapath, Item, plan};
 
 /// The value that the data path gives to `rp_filter` of the host's devices.
@@ -45,10 +48,13 @@ pub(crate) async fn cleanup(
     // Somebody mixed the two; the set cannot go before all chains have.
     for backend in others.holding_ours() {
         if backend != facts.iptables {
-            steps += remove(&kernel(backend)?, |item| matches!(item, Item::Chains(_))).await?;
+            steps += remove(&host, &kernel(backend)?, |item| {
+                matches!(item, Item::Chains(_))
+            })
+            .await?;
         }
     }
-    steps += remove(&kernel(facts.iptables)?, |_| true).await?;
+    steps += remove(&host, &kernel(facts.iptables)?, |_| true).await?;
     match std::fs::remove_file(socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(CleanupError::Socket(socket.to_owned(), error))
@@ -59,12 +65,14 @@ pub(crate) async fn cleanup(
 
 /// Removes what the kernel holds of ours and `which` takes; how many steps that took.
 async fn remove(
+    host: &Netns,
     kernel: &LinuxKernel,
     which: impl Fn(&Item) -> bool,
 ) -> Result<usize, CleanupError> {
     let traces = kernel.observe(&Datapath::default()).await?;
     let restore = kernel.setting("ipv4/conf/default/rp_filter")?;
-    let interest = settings(&traces, restore.as_deref().unwrap_or("0"));
+    let devices = pod_devices(host, &traces).await?;
+    let interest = settings(&traces, &devices, restore.as_deref().unwrap_or("0"));
     let observed = kernel.observe(&interest).await?;
     let mut steps = plan(&Datapath::default(), &observed);
     steps.steps.retain(|step| which(step.change.item()));
@@ -72,9 +80,23 @@ async fn remove(
     Ok(steps.steps.len())
 }
 
-/// The settings of the proxy's device, which the route of answers names. Pure.
-fn settings(traces: &Datapath, restore: &str) -> Datapath {
-    let devices = traces.host.iter().filter_map(|item| match item {
+/// The devices of the pods that the routes into the tunnel name; only IPv4 has a setting of them.
+async fn pod_devices(host: &Netns, traces: &Datapath) -> Result<BTreeSet<String>, KernelError> {
+    let host = HostDevices::list(host).await?;
+    let mut found = BTreeSet::new();
+    for item in &traces.host {
+        if let Item::Route(route) = item
+            && let Some(ip) = route.pod().filter(IpAddr::is_ipv4)
+        {
+            found.extend(host.towards(ip).await?);
+        }
+    }
+    Ok(found)
+}
+
+/// The settings of the pods' devices and of the proxy's, which the route of answers names. Pure.
+fn settings(traces: &Datapath, pods: &BTreeSet<String>, restore: &str) -> Datapath {
+    let of_proxy = traces.host.iter().filter_map(|item| match item {
         Item::Route(Route {
             target:
                 Target::Via {
@@ -87,7 +109,7 @@ fn settings(traces: &Datapath, restore: &str) -> Datapath {
         _ => None,
     });
     let mut interest = Datapath::default();
-    interest.host.extend(devices.map(|device| {
+    interest.host.extend(of_proxy.chain(pods).map(|device| {
         Item::Sysctl(Sysctl {
             path: format!("ipv4/conf/{device}/rp_filter"),
             value: LOOSE.to_owned(),

@@ -94,6 +94,7 @@ pub(crate) fn input(
     proxy: Option<&Attachment>,
     serving: bool,
     pods: &[Pod],
+    pod_devices: &BTreeSet<String>,
 ) -> NodeInput {
     NodeInput {
         names: names.clone(),
@@ -119,6 +120,7 @@ pub(crate) fn input(
             .iter()
             .flat_map(|pod| pod.ips.iter().map(|ip| MeshPod { ip: *ip }))
             .collect(),
+        pod_devices: pod_devices.clone(),
     }
 }
 
@@ -331,6 +333,7 @@ pub(crate) mod tests {
                 Some(attachment),
                 true,
                 &[],
+                &BTreeSet::new(),
             )
             .tunnel
             .mtu

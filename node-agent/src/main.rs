@@ -22,6 +22,7 @@ mod health;
 mod metrics;
 mod order;
 mod pass;
+mod pod_devices;
 mod publish;
 mod reconcile;
 mod report;

@@ -17,6 +17,7 @@ use crate::desired::{self, Pod, Wanted};
 use crate::failure::{Complaint, Failure, chain};
 use crate::metrics::Metrics;
 use crate::order::{self, Enrolment};
+use crate::pod_devices::PodDevices;
 use crate::report::{Outcome, ProxyState, WorkloadOutcome};
 use crate::roster::{self, Progress, Roster, SessionId};
 use crate::survey::{Host, Survey};
@@ -35,6 +36,7 @@ pub(crate) struct Node {
     /// The last spec that could be used.
     wanted: Option<Arc<Wanted>>,
     enrolment: Option<Enrolment>,
+    pod_devices: PodDevices,
     /// What was wanted of the kernel last.
     desired: Datapath,
 }
@@ -60,6 +62,7 @@ impl Node {
             attached: None,
             wanted: None,
             enrolment: None,
+            pod_devices: PodDevices::default(),
             desired: Datapath::default(),
         }
     }
@@ -243,6 +246,9 @@ impl Node {
         let serving = session.is_some_and(|session| session.is_serving(wanted.ports));
         let is_ready =
             |uid: &str| session.is_some_and(|session| session.workload(uid) == Progress::Ready);
+        let looked = self.pod_devices.look(&self.host.netns, &wanted.pods, full);
+        looked.await.map_err(|error| Failure::from(&error))?;
+        let devices = self.pod_devices.names();
         // The settings of what may be wanted are the same whoever is enrolled.
         let draft = build(&desired::input(
             &self.host.names,
@@ -250,6 +256,7 @@ impl Node {
             attachment,
             serving,
             &[],
+            &devices,
         ));
         let due = full || !self.began;
         self.survey
@@ -284,6 +291,7 @@ impl Node {
             attachment,
             serving,
             &selected,
+            &devices,
         ));
         let steps = plan(&desired, &observed);
         let repairs = self.began && desired == self.desired;

@@ -478,7 +478,8 @@ async fn cleanup_and_the_deletion_of_the_object_leave_the_host_as_it_was() {
         bed.run("host", "iptables-nft -t mangle -S; iptables-nft -t nat -S");
         bed.run(
             "host",
-            "sysctl -qw net.ipv4.conf.default.rp_filter=1 net.ipv4.conf.vproxy.rp_filter=1",
+            // As if all devices had been made under this default.
+            "for name in default vproxy va vb; do sysctl -qw net.ipv4.conf.$name.rp_filter=1; done",
         );
         let before = bed.dump();
         let (agent, _peer) = ready(&bed, 2).await;

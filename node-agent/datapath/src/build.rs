@@ -143,7 +143,6 @@ fn host_rules(family: Family, input: &NodeInput) -> Vec<Item> {
             Lookup(names.table_return()),
         ),
         // The host reaches its pods directly: kubelet's probes must work whatever the proxy does.
-        // Reverse-path lookups count as sent here, so pods' devices keep their own rp_filter.
         (
             names.priority_host(),
             Selector::SentHere,
@@ -300,6 +299,10 @@ fn host_tunnels(input: &NodeInput, proxy: &Proxy, host: &mut BTreeSet<Item>) {
     // What the proxy dials from pods' addresses arrives here, where no route to them points. The
     // kernel takes the larger of this and `all`; 2 (loose) holds against any `all`.
     host.insert(rp_filter(&proxy.host_device, "2", &proxy.default_rp_filter));
+    // What a pod sends is checked against the way back to it, which for TCP leads into the tunnel.
+    for device in &input.pod_devices {
+        host.insert(rp_filter(device, "2", &proxy.default_rp_filter));
+    }
 }
 
 /// The tunnels, with the host's device of each.

@@ -1,5 +1,6 @@
 //! What the data path of a node is built from: checked facts, no wrong values.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
@@ -26,6 +27,8 @@ pub struct NodeInput {
     pub proxy: Option<Proxy>,
     /// Pods whose traffic the proxy is to carry.
     pub pods: Vec<MeshPod>,
+    /// Devices of the host that packets of mesh pods come in by.
+    pub pod_devices: BTreeSet<String>,
 }
 
 /// Devices between host and proxy.

@@ -22,6 +22,7 @@ pub mod kernel;
 pub mod names;
 pub mod netns;
 pub mod plan;
+pub mod pod_devices;
 
 pub use build::build;
 pub use datapath::{Datapath, Item, Place};

@@ -7,6 +7,7 @@ pub(crate) mod dial;
 pub(crate) mod foreign;
 pub(crate) mod read;
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -293,6 +294,7 @@ pub(crate) fn input(pods: usize) -> NodeInput {
             .iter()
             .map(|ip| MeshPod { ip: (*ip).into() })
             .collect(),
+        pod_devices: BTreeSet::new(),
     }
 }
 

@@ -241,6 +241,18 @@ pub(crate) fn way(message: &RouteMessage) -> (Option<u32>, Option<IpAddr>) {
     way
 }
 
+/// The device of an answer to [`query`] that leads over no gateway.
+pub(crate) fn on_link(message: &RouteMessage) -> Option<u32> {
+    let over_gateway = message.attributes.iter().any(|attribute| {
+        matches!(
+            attribute,
+            RouteAttribute::Gateway(_) | RouteAttribute::Via(_)
+        )
+    });
+    let index = way(message).0;
+    index.filter(|_| message.header.kind == RouteType::Unicast && !over_gateway)
+}
+
 /// Whether a rule of somebody else reads or needs these bits of the mark.
 pub(crate) fn foreign_mark(message: &RuleMessage) -> Option<u32> {
     let own = message
