@@ -1,5 +1,6 @@
 //! What is on the wire between the nodes, taken with tcpdump.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -9,6 +10,13 @@ use anyhow::{Context, Result, bail};
 use crate::cluster::setting;
 use crate::command;
 use crate::wait::eventually;
+
+/// The filter for TCP from and to any of these addresses.
+#[must_use]
+pub fn tcp_of(ips: &[IpAddr]) -> String {
+    let hosts: Vec<String> = ips.iter().map(|ip| format!("host {ip}")).collect();
+    format!("tcp and ({})", hosts.join(" or "))
+}
 
 /// A running capture of one link; stops when dropped.
 #[derive(Debug)]

@@ -1,5 +1,6 @@
 //! The running cluster: its objects through kubectl, its nodes through their namespaces.
 
+use std::net::IpAddr;
 use std::process::Command;
 use std::time::Duration;
 
@@ -232,6 +233,20 @@ impl Cluster {
             "-o",
             &format!("jsonpath={{{path}}}"),
         ])
+    }
+
+    /// The addresses of a pod, of both families.
+    ///
+    /// # Errors
+    /// If the pod does not exist or has none.
+    pub fn pod_ips(&self, namespace: &str, pod: &str) -> Result<Vec<IpAddr>> {
+        let ips = self.pod_field(namespace, pod, ".status.podIPs[*].ip")?;
+        ips.split(' ')
+            .map(|ip| {
+                ip.parse()
+                    .with_context(|| format!("addresses of {pod}: {ips:?}"))
+            })
+            .collect()
     }
 
     /// The one pod of `namespace` with this label on `node`.

@@ -109,7 +109,7 @@ spec:
     }
 }
 
-/// A Service over the pods whose `app` label has this value; headless if it has no address.
+/// A Service of both families over the pods whose `app` label has this value; headless if it has no address.
 #[must_use]
 pub fn service(namespace: &str, name: &str, app: &str, headless: bool) -> String {
     let cluster_ip = if headless { "clusterIP: None, " } else { "" };
@@ -117,20 +117,22 @@ pub fn service(namespace: &str, name: &str, app: &str, headless: bool) -> String
         "apiVersion: v1
 kind: Service
 metadata: {{name: {name}, namespace: {namespace}}}
-spec: {{{cluster_ip}selector: {{app: {app}}}, ports: [{{name: tcp, port: {TCP}}}, {{name: http, port: 80, targetPort: {HTTP}}}]}}
+spec:
+  {{{cluster_ip}ipFamilyPolicy: PreferDualStack, selector: {{app: {app}}},
+    ports: [{{name: tcp, port: {TCP}}}, {{name: http, port: 80, targetPort: {HTTP}}}]}}
 ---
 "
     )
 }
 
-/// A Service of one port.
+/// A Service of one port, of both families.
 #[must_use]
 pub fn service_port(namespace: &str, name: &str, app: &str, port: u16) -> String {
     format!(
         "apiVersion: v1
 kind: Service
 metadata: {{name: {name}, namespace: {namespace}}}
-spec: {{selector: {{app: {app}}}, ports: [{{port: {port}}}]}}
+spec: {{ipFamilyPolicy: PreferDualStack, selector: {{app: {app}}}, ports: [{{port: {port}}}]}}
 ---
 "
     )

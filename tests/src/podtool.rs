@@ -1,5 +1,7 @@
 //! `podtool` where the traffic starts: in a pod, on a node, or in a network namespace of this machine.
 
+mod session;
+
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -17,6 +19,8 @@ use crate::process::Process;
 pub struct Place {
     /// The command line up to `podtool`'s own arguments.
     prefix: Vec<String>,
+    /// Whether one `podtool` serves many calls there.
+    kept: bool,
 }
 
 impl Place {
@@ -35,6 +39,7 @@ impl Place {
         ];
         Self {
             prefix: words.map(str::to_owned).to_vec(),
+            kept: true,
         }
     }
 
@@ -45,7 +50,7 @@ impl Place {
     pub fn node(node: &str, binary: &str) -> Result<Self> {
         let mut prefix = node_words(node)?;
         prefix.push(binary.to_owned());
-        Ok(Self { prefix })
+        Ok(Self::here(prefix))
     }
 
     /// The network namespace of a process of a node.
@@ -56,7 +61,7 @@ impl Place {
         let mut prefix = node_words(&process.node)?;
         let net = format!("--net=/proc/{}/ns/net", process.pid);
         prefix.extend(["nsenter", &net, binary].map(str::to_owned));
-        Ok(Self { prefix })
+        Ok(Self::here(prefix))
     }
 
     /// The namespace on the nodes' network that is outside the cluster.
@@ -65,9 +70,17 @@ impl Place {
     /// If the cluster has none.
     pub fn outside(binary: &str) -> Result<Self> {
         let net = format!("--net=/run/netns/{}", setting("AMBIT_OUTSIDE_NETNS")?);
-        Ok(Self {
-            prefix: ["nsenter", &net, binary].map(str::to_owned).to_vec(),
-        })
+        Ok(Self::here(
+            ["nsenter", &net, binary].map(str::to_owned).to_vec(),
+        ))
+    }
+
+    /// Where a process is started at once, and must not outlive its call: it would keep a namespace.
+    fn here(prefix: Vec<String>) -> Self {
+        Self {
+            prefix,
+            kept: false,
+        }
     }
 
     /// Runs a client to its end; what it saw, or its error in the field `error`.
@@ -75,6 +88,9 @@ impl Place {
     /// # Errors
     /// If it cannot be started or prints no JSON.
     pub fn attempt(&self, arguments: &[&str], input: &str) -> Result<Value> {
+        if self.kept && input.is_empty() {
+            return session::call(&self.prefix, arguments);
+        }
         let outcome = command::run(&mut self.command(arguments), input)?;
         let line = outcome.stdout.lines().last().unwrap_or_default();
         serde_json::from_str(line).with_context(|| {

@@ -3,17 +3,21 @@
 //!
 //! ```text
 //!            node-1                                     node-2
-//!  in mesh   client   near ◀──────── Services ────────▶ far
-//!  outside   stranger host (the node's own network)     remote
+//!  in mesh   client   near ◀──────── Services ────────▶ far    client-2
+//!  outside   stranger host (the node's own network)     remote host-2
 //! ```
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use serde_json::Value;
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, items};
 use crate::manifest::{self, Pod};
+use crate::matrix::Family;
 use crate::podtool::Place;
 
 /// Namespace in the mesh.
@@ -27,7 +31,13 @@ pub const NODE_1: &str = "node-1";
 /// The other node.
 pub const NODE_2: &str = "node-2";
 
-/// The pods' addresses.
+/// Port of a host pod that serves what [`manifest::TCP`] does in others: it is the node's own.
+pub const HOST_TCP: u16 = 19000;
+
+/// The addresses that an object has, of one or both families.
+type Addresses = BTreeMap<(String, String), Vec<IpAddr>>;
+
+/// The pods and their addresses; what the fields hold is IPv4.
 #[derive(Clone, Debug)]
 pub struct Stage {
     /// The cluster.
@@ -44,6 +54,8 @@ pub struct Stage {
     pub remote: String,
     /// Node 1 itself.
     pub node_1: String,
+    pods: Addresses,
+    services: Addresses,
 }
 
 impl Stage {
@@ -66,16 +78,53 @@ impl Stage {
         cluster.apply(&manifests())?;
         cluster.wait_ready(MESH)?;
         cluster.wait_ready(PLAIN)?;
-        let ip = |namespace, pod| cluster.pod_field(namespace, pod, ".status.podIP");
+        let pods = addresses(&cluster, "pods", |pod| {
+            strings(&pod["status"]["podIPs"], |entry| entry["ip"].as_str())
+        })?;
+        let services = addresses(&cluster, "services", |service| {
+            strings(&service["spec"]["clusterIPs"], Value::as_str)
+        })?;
+        let ip = |namespace, pod| {
+            Ok::<_, anyhow::Error>(of(&pods, namespace, pod, IpAddr::is_ipv4)?.to_string())
+        };
         Ok(Self {
             client: ip(MESH, "client")?,
             near: ip(MESH, "near")?,
             far: ip(MESH, "far")?,
             stranger: ip(PLAIN, "stranger")?,
             remote: ip(PLAIN, "remote")?,
-            node_1: cluster.pod_field(PLAIN, "host", ".status.hostIP")?,
+            node_1: ip(PLAIN, "host")?,
             cluster,
+            pods,
+            services,
         })
+    }
+
+    /// The address of a pod of this family; of a host pod, that of its node.
+    ///
+    /// # Errors
+    /// If it has none.
+    pub fn pod_ip(&self, namespace: &str, pod: &str, family: Family) -> Result<IpAddr> {
+        of(&self.pods, namespace, pod, |ip| family.has(*ip))
+            .with_context(|| format!("the {family} address of pod {namespace}/{pod}"))
+    }
+
+    /// The ClusterIP of a Service of this family.
+    ///
+    /// # Errors
+    /// If it has none.
+    pub fn cluster_ip(&self, namespace: &str, service: &str, family: Family) -> Result<IpAddr> {
+        of(&self.services, namespace, service, |ip| family.has(*ip))
+            .with_context(|| format!("the {family} address of Service {namespace}/{service}"))
+    }
+
+    /// Whether this is an address of the client, of either family.
+    #[must_use]
+    pub fn is_client(&self, ip: &str) -> bool {
+        let ips = self.pods.get(&(MESH.to_owned(), "client".to_owned()));
+        ips.into_iter()
+            .flatten()
+            .any(|client| client.to_string() == ip)
     }
 
     /// Podtool in a mesh pod.
@@ -91,25 +140,68 @@ impl Stage {
     }
 }
 
+/// The addresses of all objects of a kind in the stage's two namespaces.
+fn addresses(
+    cluster: &Cluster,
+    kind: &str,
+    ips: impl Fn(&Value) -> Vec<String>,
+) -> Result<Addresses> {
+    let mut all = Addresses::new();
+    for namespace in [MESH, PLAIN] {
+        for object in items(&cluster.get(&["-n", namespace, kind])?) {
+            let name = object["metadata"]["name"].as_str().unwrap_or_default();
+            // A headless Service has the word None for an address.
+            let ips = ips(object)
+                .iter()
+                .filter_map(|ip| ip.parse().ok())
+                .collect();
+            all.insert((namespace.to_owned(), name.to_owned()), ips);
+        }
+    }
+    Ok(all)
+}
+
+fn strings(list: &Value, word: impl Fn(&Value) -> Option<&str>) -> Vec<String> {
+    let entries = list.as_array().into_iter().flatten();
+    entries.filter_map(word).map(str::to_owned).collect()
+}
+
+fn of(
+    all: &Addresses,
+    namespace: &str,
+    name: &str,
+    wanted: impl Fn(&IpAddr) -> bool,
+) -> Result<IpAddr> {
+    let found = all.get(&(namespace.to_owned(), name.to_owned()));
+    found
+        .and_then(|ips| ips.iter().copied().find(wanted))
+        .with_context(|| format!("{namespace}/{name} has {found:?}"))
+}
+
 fn manifests() -> String {
     let mut all = manifest::namespace(MESH, Some("ambient")) + &manifest::namespace(PLAIN, None);
     for (namespace, name, node) in [
         (MESH, "client", NODE_1),
         (MESH, "near", NODE_1),
         (MESH, "far", NODE_2),
+        (MESH, "client-2", NODE_2),
         (PLAIN, "stranger", NODE_1),
         (PLAIN, "remote", NODE_2),
     ] {
         all += &Pod::new(namespace, name, node).manifests();
     }
-    all += &Pod {
-        host_network: true,
-        ports_from: Some(19000),
-        ..Pod::new(PLAIN, "host", NODE_1)
+    for (name, node) in [("host", NODE_1), ("host-2", NODE_2)] {
+        let pod = Pod {
+            host_network: true,
+            ports_from: Some(HOST_TCP),
+            ..Pod::new(PLAIN, name, node)
+        };
+        all += &pod.manifests();
+        all += &manifest::service_port(PLAIN, name, name, HOST_TCP);
     }
-    .manifests();
     for (namespace, name) in [
         (MESH, "client"),
+        (MESH, "client-2"),
         (MESH, "near"),
         (MESH, "far"),
         (MESH, "nobody"),

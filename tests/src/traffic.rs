@@ -1,41 +1,84 @@
 //! The way that connections took, as the proxies count them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 
-use crate::cluster::{Cluster, SYSTEM};
+use crate::cluster::{Cluster, SYSTEM, items};
+use crate::command;
 
 /// Port of a proxy's metrics.
 const METRICS: u16 = 15020;
 
-/// What all proxies have counted up to now.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Counted(BTreeMap<String, u64>);
+/// The nodes and the addresses of their proxies. This machine has a way to them, as to all pods.
+#[derive(Clone, Debug)]
+pub struct Proxies(Vec<(String, String)>);
 
-impl Counted {
-    /// Asks every proxy.
+impl Proxies {
+    /// Those that run now.
     ///
     /// # Errors
-    /// If one does not answer.
-    pub fn now(cluster: &Cluster) -> Result<Self> {
-        let mut all = BTreeMap::new();
-        for node in cluster.nodes()? {
-            let pod = cluster.system_pod("ambit-proxy", &node)?;
-            let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{pod}:{METRICS}/proxy/metrics");
-            let text = cluster.kubectl(&["get", "--raw", &path])?;
-            all.extend(text.lines().filter_map(|line| connections(&node, line)));
+    /// If a node has none.
+    pub fn find(cluster: &Cluster) -> Result<Self> {
+        let label = "app.kubernetes.io/name=ambit-proxy";
+        let pods = cluster.get(&["-n", SYSTEM, "pods", "-l", label])?;
+        let mut all = Vec::new();
+        for pod in items(&pods).filter(|pod| pod["metadata"]["deletionTimestamp"].is_null()) {
+            let field = |value: &Value| {
+                value
+                    .as_str()
+                    .map(str::to_owned)
+                    .context("a proxy without node or address")
+            };
+            all.push((
+                field(&pod["spec"]["nodeName"])?,
+                field(&pod["status"]["podIP"])?,
+            ));
         }
         Ok(Self(all))
     }
 
+    /// What they have counted up to now.
+    ///
+    /// # Errors
+    /// If one does not answer.
+    pub fn count(&self) -> Result<Counted> {
+        let mut all = BTreeMap::new();
+        for (node, ip) in &self.0 {
+            let page = format!("http://{ip}:{METRICS}/metrics");
+            let text = command::output("curl", &["-sSf", "--max-time", "5", &page])?;
+            all.extend(text.lines().filter_map(|line| connections(node, line)));
+        }
+        Ok(Counted(all))
+    }
+
+    /// Does something, and tells which ways connections of these namespaces took meanwhile.
+    ///
+    /// # Errors
+    /// If it fails, or a proxy does not answer.
+    pub fn ways_of<T>(
+        &self,
+        namespaces: &str,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<(T, Vec<String>)> {
+        let before = self.count()?;
+        let done = work()?;
+        Ok((done, self.count()?.since(&before, namespaces)))
+    }
+}
+
+/// What all proxies have counted up to some time.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counted(BTreeMap<String, u64>);
+
+impl Counted {
     /// The ways that were taken since `before` from or to a namespace whose name starts so: a line each,
     /// for example `node-1 out shop/client -> shop/server mtls` (`via` a Service, `failed` with a flag).
     #[must_use]
-    pub fn since(&self, before: &Self, namespaces: &str) -> BTreeSet<String> {
-        self.0
-            .iter()
-            .filter(|(way, count)| before.0.get(*way) != Some(count))
+    pub fn since(&self, before: &Self, namespaces: &str) -> Vec<String> {
+        let all = self.0.iter();
+        all.filter(|(way, count)| before.0.get(*way) != Some(count))
             .filter(|(way, _)| way.split(' ').any(|word| word.starts_with(namespaces)))
             .map(|(way, _)| way.clone())
             .collect()
@@ -51,10 +94,7 @@ pub fn ways_of<T>(
     namespaces: &str,
     work: impl FnOnce() -> Result<T>,
 ) -> Result<(T, Vec<String>)> {
-    let before = Counted::now(cluster)?;
-    let done = work()?;
-    let after = Counted::now(cluster)?;
-    Ok((done, after.since(&before, namespaces).into_iter().collect()))
+    Proxies::find(cluster)?.ways_of(namespaces, work)
 }
 
 /// A line of a proxy's metrics, if it counts connections that were opened or failed.

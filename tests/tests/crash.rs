@@ -2,24 +2,28 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
-use mesh_tests::capture::Capture;
+use anyhow::{Context, Result, bail, ensure};
+use mesh_tests::capture::{Capture, tcp_of};
 use mesh_tests::cluster::{Cluster, SYSTEM, items};
 use mesh_tests::guard::{Namespace, Undo};
 use mesh_tests::manifest::Pod;
-use mesh_tests::podtool::Place;
+use mesh_tests::matrix::{Case, cases};
 use mesh_tests::process;
-use mesh_tests::stage::{MESH, NODE_1, NODE_2, PLAIN, Stage};
+use mesh_tests::scene::{Actor, Scene, play};
+use mesh_tests::stage::{MESH, NODE_1, NODE_2, Stage};
 use mesh_tests::wait::eventually;
 use serde_json::json;
 
-const PODTOOL: &str = env!("CARGO_BIN_EXE_podtool");
-
 /// All of Ambit's in the kernel of a node, without counters. Its routes and rules are of protocol 90.
 fn kernel_state(cluster: &Cluster, node: &str) -> Result<String> {
-    let script = "ip rule | grep 'proto 90'; ip route show table all proto 90; ip -o link | grep istio; \
-                  ipset list ztunnel-pods-ips; \
-                  for table in mangle nat; do iptables-save -t $table | grep ztunnel | sed 's/\\[.*\\]//'; done";
+    let script = "for family in -4 -6; do \
+                    ip $family rule | grep 'proto 90'; ip $family route show table all proto 90; \
+                  done; \
+                  ip -o link | grep istio; \
+                  ipset list ztunnel-pods-ips; ipset list ztunnel-pods-ips6; \
+                  for save in iptables-save ip6tables-save; do \
+                    for table in mangle nat; do $save -t $table | grep ztunnel | sed 's/\\[.*\\]//'; done; \
+                  done";
     cluster.on_node(node, &["sh", "-c", script])
 }
 
@@ -118,36 +122,32 @@ fn keep_down(cluster: &Cluster, node: &str) -> Result<Undo> {
 #[test]
 fn s20_without_a_proxy_mesh_traffic_fails_at_once_and_never_leaves_in_the_clear() -> Result<()> {
     let stage = Stage::set()?;
-    let cluster = &stage.cluster;
-    let marker = format!("marker-of-s20-{}", std::process::id());
-    let hosts = format!("tcp and (host {} or host {})", stage.client, stage.near);
-    let capture = Capture::start("s20", &hosts)?;
-    let undo = keep_down(cluster, NODE_1)?;
-    let wanted = ("ProxyAttached", "False", "NoProxy");
-    let message = cluster.wait_condition(NODE_1, wanted, Duration::from_secs(5))?;
-    ensure!(!message.is_empty(), "the condition does not say what to do");
-    // Two from a pod at most: the kernel sends a host no more than a few refusals a second, and what
-    // goes without one tries again.
-    for (from, to) in [
-        ("client", &stage.far),
-        ("client", &stage.remote),
-        ("near", &stage.far),
-        ("near", &stage.client),
-    ] {
-        let start = Instant::now();
-        let call = ["send", "--to", &format!("{to}:9000"), "--text", &marker];
-        let seen = stage.mesh(from).attempt(&call, "")?;
-        ensure!(seen["error"].is_string(), "{from} to {to}: {seen}");
-        let took = start.elapsed();
-        ensure!(
-            took < Duration::from_secs(3),
-            "{from} to {to} after {took:?}: {seen}"
-        );
+    for home in [NODE_1, NODE_2] {
+        without_a_proxy(stage, home).with_context(|| format!("from {home}"))?;
     }
-    // Kubelet's way to its pods, and pods outside the mesh, do not depend on the proxy.
-    Place::node(NODE_1, PODTOOL)?.send(&format!("{}:9000", stage.near))?;
-    Place::pod(cluster, PLAIN, "stranger").send(&format!("{}:9000", stage.remote))?;
-    let ready = cluster.condition(NODE_1, "ProxyAttached")?;
+    Ok(())
+}
+
+fn without_a_proxy(stage: &'static Stage, home: &str) -> Result<()> {
+    let cluster = &stage.cluster;
+    let all: Vec<Case> = cases()?
+        .into_iter()
+        .filter(|case| case.home == home)
+        .collect();
+    let marker = format!("marker-of-s20-{}", std::process::id());
+    let mut ips = Vec::new();
+    for pod in ["client", "near", "far", "client-2"] {
+        ips.extend(cluster.pod_ips(MESH, pod)?);
+    }
+    let capture = Capture::start("s20", &tcp_of(&ips))?;
+    let undo = keep_down(cluster, home)?;
+    let wanted = ("ProxyAttached", "False", "NoProxy");
+    let message = cluster.wait_condition(home, wanted, Duration::from_secs(5))?;
+    ensure!(!message.is_empty(), "the condition does not say what to do");
+    play(stage, &all, |scene| {
+        refused_and_never_in_the_clear(scene, &marker)
+    })?;
+    let ready = cluster.condition(home, "ProxyAttached")?;
     ensure!(
         ready["status"] == "False",
         "the proxy came back too early to see anything: {ready}"
@@ -156,9 +156,43 @@ fn s20_without_a_proxy_mesh_traffic_fails_at_once_and_never_leaves_in_the_clear(
     ensure!(!captured.contains(&marker)?, "the marker is on the wire");
     assert_eq!(captured.packets("not tcp port 15008")?, [""; 0]);
     undo.now()?;
-    let peer = stage.mesh("client").send(&format!("{}:9000", stage.far))?;
-    assert_eq!(peer, stage.client);
-    Ok(())
+    stage
+        .mesh("client")
+        .send(&format!("{}:9000", stage.far))
+        .map(drop)
+}
+
+fn refused_and_never_in_the_clear(scene: &Scene, marker: &str) -> Result<()> {
+    let Scene { client, near, .. } = scene;
+    let refused = |from: &Actor, to: &Actor| {
+        let start = Instant::now();
+        let seen = from.attempt(&["send", "--to", &to.tcp(), "--text", marker])?;
+        ensure!(seen["error"].is_string(), "{from} to {to}: {seen}");
+        let took = start.elapsed();
+        ensure!(
+            took < Duration::from_secs(3),
+            "{from} to {to} after {took:?}: {seen}"
+        );
+        Ok(())
+    };
+    // The kernel sends a pod few refusals a second, and what goes without one tries again: so one from
+    // each pod, in turns. At the same time, for the proxy is not away for long.
+    let ways = if scene.case.rp_filter == 1 {
+        [(client, &scene.remote), (near, &scene.far)]
+    } else {
+        [(client, &scene.far), (near, client)]
+    };
+    std::thread::scope(|scope| {
+        let tries = ways.map(|(from, to)| scope.spawn(move || refused(from, to)));
+        tries.into_iter().try_for_each(|attempt| {
+            attempt
+                .join()
+                .unwrap_or_else(|_| bail!("the thread of an attempt died"))
+        })
+    })?;
+    // Kubelet's way to its pods, and pods outside the mesh, do not depend on the proxy.
+    scene.host.send(&near.tcp())?;
+    scene.stranger.send(&scene.remote.tcp()).map(drop)
 }
 
 #[test]

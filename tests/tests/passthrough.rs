@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use mesh_tests::cluster::{Cluster, MODE_LABEL};
 use mesh_tests::guard::Namespace;
 use mesh_tests::manifest::Pod;
+use mesh_tests::matrix::FAMILIES;
 use mesh_tests::stage::{MESH, NODE_1, NODE_2, PLAIN, Stage};
 use mesh_tests::wait::eventually;
 
@@ -15,20 +16,16 @@ fn names_are_looked_up_over_udp_from_a_mesh_pod() -> Result<()> {
     let seen = stage
         .mesh("client")
         .run(&["resolve", &format!("headless.{MESH}.svc.cluster.local")])?;
-    assert_eq!(seen["addresses"], serde_json::json!([stage.far]));
+    let far = stage.cluster.pod_ips(MESH, "far")?;
+    assert_eq!(seen["addresses"], serde_json::json!(far));
     let seen = stage
         .mesh("client")
         .run(&["resolve", &format!("remote.{PLAIN}")])?;
-    let ip = stage.cluster.kubectl(&[
-        "-n",
-        PLAIN,
-        "get",
-        "service",
-        "remote",
-        "-o",
-        "jsonpath={.spec.clusterIP}",
-    ])?;
-    assert_eq!(seen["addresses"], serde_json::json!([ip]));
+    let mut ips = Vec::new();
+    for family in FAMILIES {
+        ips.push(stage.cluster_ip(PLAIN, "remote", family)?);
+    }
+    assert_eq!(seen["addresses"], serde_json::json!(ips));
     Ok(())
 }
 
@@ -39,7 +36,10 @@ fn a_mesh_pod_reaches_a_service_of_pods_outside_the_mesh() -> Result<()> {
         .mesh("client")
         .run(&["send", "--to", &format!("remote.{PLAIN}:9000")])?;
     assert_eq!(seen["pod"], "remote");
-    assert_eq!(mesh_tests::podtool::peer_ip(&seen)?, stage.client);
+    ensure!(
+        stage.is_client(&mesh_tests::podtool::peer_ip(&seen)?),
+        "{seen}"
+    );
     Ok(())
 }
 

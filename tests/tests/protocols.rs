@@ -25,7 +25,10 @@ fn http_1_keeps_its_connection_through_the_mesh() -> Result<()> {
     );
     // The server saw one port of its client, so it was one connection there too.
     assert_eq!(seen["peers"], 1);
-    assert_eq!(mesh_tests::podtool::peer_ip(&seen)?, stage.client);
+    ensure!(
+        stage.is_client(&mesh_tests::podtool::peer_ip(&seen)?),
+        "{seen}"
+    );
     assert!(ways.iter().all(|way| way.ends_with(" mtls")), "{ways:?}");
     Ok(())
 }

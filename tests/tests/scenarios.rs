@@ -1,346 +1,425 @@
 //! The scenarios of the data path, by number: does it succeed, which way did it go, and whom does the
-//! server see. Number 19 is in `withdraw.rs`, number 20 in `crash.rs`.
+//! server see. Each is played in every combination of family, node and reverse-path filter
+//! ([`mesh_tests::matrix`]). Number 19 is in `withdraw.rs`, number 20 in `crash.rs`.
 
-use anyhow::{Context, Result, ensure};
-use mesh_tests::cluster::setting;
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use anyhow::{Context, Result, bail, ensure};
+use mesh_tests::cluster::{Cluster, setting};
+use mesh_tests::matrix::{Family, cases};
 use mesh_tests::podtool::{Place, peer_ip};
 use mesh_tests::process;
-use mesh_tests::stage::{MESH, NODE_1, NODE_2, STAGE, Stage};
-use mesh_tests::traffic::ways_of;
+use mesh_tests::scene::{Actor, Scene, in_every_case, same, with_port};
+use mesh_tests::stage::{MESH, PLAIN};
+use serde_json::json;
 
 const PODTOOL: &str = env!("CARGO_BIN_EXE_podtool");
 
-/// What podtool sees, and the ways that were taken.
-fn ways<T>(work: impl FnOnce() -> Result<T>) -> Result<(T, Vec<String>)> {
-    ways_of(&Stage::set()?.cluster, STAGE, work)
-}
+/// No proxy had a part in it.
+const DIRECT: [&str; 0] = [];
 
-/// podtool on a node, as a process of the host.
-fn on_node(node: &str) -> Result<Place> {
-    Place::node(node, PODTOOL)
-}
-
-/// podtool in the network namespace of a node's proxy.
-fn in_proxy(node: &str) -> Result<Place> {
-    let cluster = &Stage::set()?.cluster;
-    let pod = cluster.system_pod("ambit-proxy", node)?;
+/// podtool in the network namespace of the proxy at home.
+fn in_proxy(scene: &Scene) -> Result<Place> {
+    let cluster = &scene.stage.cluster;
+    let pod = cluster.system_pod("ambit-proxy", scene.home)?;
     Place::process(&process::of_pod(cluster, "ambit-proxy", &pod)?, PODTOOL)
 }
 
-fn proxy_ip(node: &str) -> Result<String> {
-    let cluster = &Stage::set()?.cluster;
-    let pod = cluster.system_pod("ambit-proxy", node)?;
-    cluster.pod_field("ambit-system", &pod, ".status.podIP")
+/// The address of the proxy at home.
+fn proxy_ip(scene: &Scene) -> Result<IpAddr> {
+    let cluster = &scene.stage.cluster;
+    let pod = cluster.system_pod("ambit-proxy", scene.home)?;
+    let ips = cluster.pod_field("ambit-system", &pod, ".status.podIPs[*].ip")?;
+    let mut ips = ips.split(' ').filter_map(|ip| ip.parse().ok());
+    ips.find(|ip| scene.case.family.has(*ip))
+        .with_context(|| format!("{pod} has no {} address", scene.case.family))
 }
 
-fn service_ip(name: &str) -> Result<String> {
-    let path = "jsonpath={.spec.clusterIP}";
-    Stage::set()?
-        .cluster
-        .kubectl(&["-n", MESH, "get", "service", name, "-o", path])
+/// The address that the node at home speaks to its pods from: its pod-side address.
+fn pod_side(scene: &Scene) -> Result<IpAddr> {
+    let proxy = proxy_ip(scene)?.to_string();
+    let route = ["ip", "-o", "route", "get", &proxy];
+    let route = scene.stage.cluster.on_node(scene.home, &route)?;
+    let mut words = route.split_whitespace().skip_while(|word| *word != "src");
+    let source = words.nth(1).with_context(|| route.clone())?;
+    Ok(source.parse()?)
+}
+
+#[test]
+fn the_combinations_hold_both_families_both_backends_and_every_reverse_path_filter() -> Result<()> {
+    let cluster = Cluster::current()?;
+    let mut met = BTreeSet::new();
+    for case in cases()? {
+        let backend = cluster.iptables(case.home)?;
+        met.extend([
+            case.family.to_string(),
+            backend.to_owned(),
+            case.rp_filter.to_string(),
+        ]);
+    }
+    // Whoever set this wants one of them only.
+    if std::env::var("AMBIT_IPTABLES").is_ok_and(|backend| !backend.is_empty()) {
+        met.extend(["nft", "legacy"].map(str::to_owned));
+    }
+    let wanted = ["0", "1", "2", "IPv4", "IPv6", "legacy", "nft"];
+    assert_eq!(met, wanted.map(str::to_owned).into());
+    Ok(())
 }
 
 #[test]
 fn s01_a_mesh_pod_reaches_a_mesh_pod_of_its_node_through_the_proxy() -> Result<()> {
-    let stage = Stage::set()?;
-    let (peer, ways) = ways(|| stage.mesh("client").send(&format!("{}:9000", stage.near)))?;
-    assert_eq!(peer, stage.client);
-    // Joined sockets on one node: the proxy checks identities, and there is no wire to encrypt.
-    assert_eq!(
-        ways,
-        ["node-1 out stage-mesh/client -> stage-mesh/near plain"]
-    );
-    Ok(())
+    in_every_case(|scene| {
+        let Scene {
+            home, client, near, ..
+        } = scene;
+        let (peer, ways) = scene.ways(|| client.send(&near.tcp()))?;
+        same(peer, client.ip)?;
+        // Joined sockets on one node: the proxy checks identities, and there is no wire to encrypt.
+        same(ways, [format!("{home} out {client} -> {near} plain")])
+    })
 }
 
 #[test]
 fn s02_a_pod_outside_the_mesh_reaches_a_mesh_pod_in_plaintext() -> Result<()> {
-    let stage = Stage::set()?;
-    for (from, ip) in [("stranger", &stage.stranger), ("remote", &stage.remote)] {
-        let (peer, ways) = ways(|| stage.plain(from).send(&format!("{}:9000", stage.near)))?;
-        assert_eq!(peer, *ip);
-        assert_eq!(
-            ways,
-            [format!(
-                "node-1 in stage-plain/{from} -> stage-mesh/near plain"
-            )]
-        );
-    }
-    Ok(())
+    in_every_case(|scene| {
+        let Scene { home, near, .. } = scene;
+        for from in [&scene.stranger, &scene.remote] {
+            let (peer, ways) = scene.ways(|| from.send(&near.tcp()))?;
+            same(peer, from.ip)?;
+            same(ways, [format!("{home} in {from} -> {near} plain")])?;
+        }
+        Ok(())
+    })
 }
 
 #[test]
 fn s03_a_mesh_pod_reaches_a_pod_outside_the_mesh() -> Result<()> {
-    let stage = Stage::set()?;
-    for (to, ip) in [("stranger", &stage.stranger), ("remote", &stage.remote)] {
-        let (peer, ways) = ways(|| stage.mesh("client").send(&format!("{ip}:9000")))?;
-        assert_eq!(peer, stage.client);
-        assert_eq!(
-            ways,
-            [format!(
-                "node-1 out stage-mesh/client -> stage-plain/{to} plain"
-            )]
-        );
-    }
-    Ok(())
+    in_every_case(|scene| {
+        let Scene { home, client, .. } = scene;
+        for to in [&scene.stranger, &scene.remote] {
+            let (peer, ways) = scene.ways(|| client.send(&to.tcp()))?;
+            same(peer, client.ip)?;
+            same(ways, [format!("{home} out {client} -> {to} plain")])?;
+        }
+        Ok(())
+    })
 }
 
 #[test]
 fn s04_the_host_reaches_a_mesh_pod_directly() -> Result<()> {
-    let stage = Stage::set()?;
-    let status = stage.cluster.ambient_node(NODE_1)?["status"].take();
-    let (peer, ways) = ways(|| on_node(NODE_1)?.send(&format!("{}:9000", stage.near)))?;
-    assert_eq!(peer, status["hostIP"].as_str().context("status.hostIP")?);
-    assert_eq!(ways, [""; 0]);
-    Ok(())
+    in_every_case(|scene| {
+        let (peer, ways) = scene.ways(|| scene.host.send(&scene.near.tcp()))?;
+        same(peer, pod_side(scene)?)?;
+        same(ways, DIRECT)
+    })
 }
 
 #[test]
 fn s05_a_mesh_pod_reaches_a_process_of_its_node_at_the_pod_side_address() -> Result<()> {
-    let stage = Stage::set()?;
-    let status = stage.cluster.ambient_node(NODE_1)?["status"].take();
-    let host = status["hostIP"].as_str().context("status.hostIP")?;
-    let (peer, ways) = ways(|| stage.mesh("client").send(&format!("{host}:19000")))?;
-    assert_eq!(peer, stage.client);
-    // The kernel looks at the table of its own addresses before any rule of ours.
-    assert_eq!(ways, [""; 0]);
-    Ok(())
+    in_every_case(|scene| {
+        let Scene { client, host, .. } = scene;
+        let to = with_port(pod_side(scene)?, host.tcp_port());
+        let (peer, ways) = scene.ways(|| client.send(&to))?;
+        same(peer, client.ip)?;
+        // The kernel looks at the table of its own addresses before any rule of ours.
+        same(ways, DIRECT)
+    })
 }
 
 #[test]
 fn s06_a_mesh_pod_reaches_itself_by_its_address_and_by_a_cluster_ip() -> Result<()> {
-    let stage = Stage::set()?;
-    let client = stage.mesh("client");
-    let (seen, direct) = ways(|| client.run(&["send", "--to", &format!("{}:9000", stage.client)]))?;
-    assert_eq!(
-        (peer_ip(&seen)?, &seen["pod"]),
-        (stage.client.clone(), &"client".into())
-    );
-    assert_eq!(direct, [""; 0]);
-    let service = service_ip("client")?;
-    let (seen, proxied) = ways(|| client.run(&["send", "--to", &format!("{service}:9000")]))?;
-    assert_eq!(seen["pod"], "client");
-    assert_eq!(
-        proxied,
-        [
-            "node-1 out stage-mesh/client -> stage-mesh/client via client.stage-mesh.svc.cluster.local plain"
-        ]
-    );
-    Ok(())
+    in_every_case(|scene| {
+        let Scene { home, client, .. } = scene;
+        let name = client.name;
+        let (seen, direct) = scene.ways(|| client.run(&["send", "--to", &client.tcp()]))?;
+        same(peer_ip(&seen)?, client.ip.to_string())?;
+        same(&seen["pod"], name)?;
+        same(direct, DIRECT)?;
+        let service = scene.service(client)?;
+        let (seen, proxied) = scene.ways(|| client.run(&["send", "--to", &service]))?;
+        same(&seen["pod"], name)?;
+        let via = format!("{name}.{MESH}.svc.cluster.local");
+        let way = format!("{home} out {client} -> {client} via {via} plain");
+        same(proxied, [way])
+    })
 }
 
 #[test]
 fn s07_the_proxys_own_traffic_goes_directly() -> Result<()> {
-    let stage = Stage::set()?;
-    let (proxy, ip) = (in_proxy(NODE_1)?, proxy_ip(NODE_1)?);
-    for to in [&stage.stranger, &stage.remote] {
-        let (peer, ways) = ways(|| proxy.send(&format!("{to}:9000")))?;
-        assert_eq!(peer, ip);
-        assert_eq!(ways, [""; 0]);
-    }
-    Ok(())
+    in_every_case(|scene| {
+        let (proxy, ip) = (in_proxy(scene)?, proxy_ip(scene)?);
+        for to in [&scene.stranger, &scene.remote] {
+            let (peer, ways) = scene.ways(|| proxy.send(&to.tcp()))?;
+            same(peer, ip.to_string())?;
+            same(ways, DIRECT)?;
+        }
+        Ok(())
+    })
 }
 
 #[test]
 fn s08_the_host_reaches_the_proxy_directly() -> Result<()> {
-    let to = format!("{}:15020", proxy_ip(NODE_1)?);
-    let (seen, ways) = ways(|| on_node(NODE_1)?.run(&["connect", "--to", &to]))?;
-    assert_eq!(seen["connected"], true, "{seen}");
-    assert_eq!(ways, [""; 0]);
-    Ok(())
+    in_every_case(|scene| {
+        let to = with_port(proxy_ip(scene)?, 15020);
+        let (seen, ways) = scene.ways(|| scene.host.run(&["connect", "--to", &to]))?;
+        ensure!(seen["connected"] == true, "{seen}");
+        same(ways, DIRECT)
+    })
 }
 
 #[test]
 fn s09_a_pod_outside_the_mesh_reaches_the_proxy_directly() -> Result<()> {
-    let stage = Stage::set()?;
-    let to = format!("{}:15020", proxy_ip(NODE_1)?);
-    for from in ["stranger", "remote"] {
-        let (seen, ways) = ways(|| stage.plain(from).run(&["connect", "--to", &to]))?;
-        assert_eq!(seen["connected"], true, "{seen}");
-        assert_eq!(ways, [""; 0]);
-    }
-    Ok(())
+    in_every_case(|scene| {
+        let to = with_port(proxy_ip(scene)?, 15020);
+        for from in [&scene.stranger, &scene.remote] {
+            let (seen, ways) = scene.ways(|| from.run(&["connect", "--to", &to]))?;
+            ensure!(seen["connected"] == true, "{seen}");
+            same(ways, DIRECT)?;
+        }
+        Ok(())
+    })
 }
 
 #[test]
 fn s10_the_proxy_sees_the_cluster_ip_that_a_mesh_pod_dials() -> Result<()> {
-    let stage = Stage::set()?;
-    let to = format!("{}:9000", service_ip("far")?);
-    let (peer, ways) = ways(|| stage.mesh("client").send(&to))?;
-    assert_eq!(peer, stage.client);
-    assert_eq!(
-        ways,
-        [
-            "node-1 out stage-mesh/client -> stage-mesh/far via far.stage-mesh.svc.cluster.local mtls",
-            "node-2 in stage-mesh/client -> stage-mesh/far mtls",
-        ]
-    );
-    Ok(())
+    in_every_case(|scene| {
+        let Scene {
+            home,
+            away,
+            client,
+            far,
+            ..
+        } = scene;
+        let service = scene.service(far)?;
+        let (peer, ways) = scene.ways(|| client.send(&service))?;
+        same(peer, client.ip)?;
+        let via = format!("{}.{MESH}.svc.cluster.local", far.name);
+        let out = format!("{home} out {client} -> {far} via {via} mtls");
+        let into = format!("{away} in {client} -> {far} mtls");
+        same(sorted(ways), sorted(vec![out, into]))
+    })
 }
 
 #[test]
 fn s11_udp_and_ping_to_and_from_a_mesh_pod_go_directly() -> Result<()> {
-    let stage = Stage::set()?;
-    for (from, ip, to) in [
-        (stage.mesh("client"), &stage.client, &stage.near),
-        (stage.mesh("client"), &stage.client, &stage.far),
-        (stage.mesh("client"), &stage.client, &stage.remote),
-        (stage.plain("remote"), &stage.remote, &stage.client),
-    ] {
-        let to_port = format!("{to}:9000");
-        let (seen, ways) = ways(|| from.run(&["udp", "--to", &to_port]))?;
-        assert_eq!((&peer_ip(&seen)?, ways), (ip, vec![]));
-        from.run(&["ping", "--to", to])?;
-    }
-    Ok(())
+    in_every_case(|scene| {
+        let Scene { client, remote, .. } = scene;
+        for (from, to) in [
+            (client, &scene.near),
+            (client, &scene.far),
+            (client, remote),
+            (remote, client),
+        ] {
+            let (seen, ways) = scene.ways(|| from.run(&["udp", "--to", &to.tcp()]))?;
+            same(peer_ip(&seen)?, from.ip.to_string())?;
+            same(ways, DIRECT)?;
+            from.run(&["ping", "--to", &to.ip.to_string()])?;
+        }
+        Ok(())
+    })
 }
 
 #[test]
 fn s12_a_mesh_pod_reaches_an_address_outside_the_cluster() -> Result<()> {
-    let stage = Stage::set()?;
-    let outside = setting("AMBIT_OUTSIDE_IP")?;
     let _serving = Place::outside(PODTOOL)?.serve()?;
-    let (peer, ways) = ways(|| stage.mesh("client").send(&format!("{outside}:9000")))?;
-    assert_eq!(peer, stage.client);
-    assert_eq!(
-        ways,
-        ["node-1 out stage-mesh/client -> unknown/unknown plain"]
-    );
-    Ok(())
+    in_every_case(|scene| {
+        let Scene { home, client, .. } = scene;
+        let outside = setting(match scene.case.family {
+            Family::V4 => "AMBIT_OUTSIDE_IP",
+            Family::V6 => "AMBIT_OUTSIDE_IP6",
+        })?;
+        let to = with_port(outside.parse()?, 9000);
+        let (peer, ways) = scene.ways(|| client.send(&to))?;
+        same(peer, client.ip)?;
+        same(
+            ways,
+            [format!("{home} out {client} -> unknown/unknown plain")],
+        )
+    })
 }
 
 #[test]
 fn s13_what_comes_to_port_15008_of_a_mesh_pod_meets_its_proxy() -> Result<()> {
-    let stage = Stage::set()?;
-    let to = format!("{}:15008", stage.near);
-    let authority = format!("{}:9000", stage.near);
-    let call = ["hbone", "--to", &to, "--authority", &authority];
-    for from in [
-        Place::outside(PODTOOL)?,
-        stage.plain("remote"),
-        stage.plain("stranger"),
-    ] {
-        let seen = from.run(&call)?;
-        let identity = format!("spiffe://cluster.local/ns/{MESH}/sa/near");
-        assert_eq!(seen["identities"], serde_json::json!([identity]), "{seen}");
-    }
-    Ok(())
+    let outside = Place::outside(PODTOOL)?;
+    in_every_case(|scene| {
+        let near = &scene.near;
+        let (to, authority) = (near.port(15008), near.tcp());
+        let call = ["hbone", "--to", &to, "--authority", &authority];
+        let identity = format!("spiffe://cluster.local/ns/{MESH}/sa/{}", near.name);
+        for seen in [
+            outside.run(&call)?,
+            scene.remote.run(&call)?,
+            scene.stranger.run(&call)?,
+        ] {
+            same(&seen["identities"], &json!([identity]))?;
+        }
+        Ok(())
+    })
 }
 
 #[test]
 fn s14_hosts_reach_each_other_directly() -> Result<()> {
-    let stage = Stage::set()?;
-    let node_2 = stage.cluster.kubectl(&[
-        "get",
-        "node",
-        NODE_2,
-        "-o",
-        "jsonpath={.status.addresses[0].address}",
-    ])?;
-    let (peer, ways) = ways(|| on_node(NODE_2)?.send(&format!("{}:19000", stage.node_1)))?;
-    assert_eq!(peer, node_2);
-    assert_eq!(ways, [""; 0]);
-    Ok(())
+    in_every_case(|scene| {
+        let (peer, ways) = scene.ways(|| scene.away_host.send(&scene.host.tcp()))?;
+        same(peer, scene.away_host.ip)?;
+        same(ways, DIRECT)
+    })
 }
 
 #[test]
 fn s15_a_mesh_pod_reaches_a_process_of_its_node_at_the_nodes_own_address() -> Result<()> {
-    let stage = Stage::set()?;
-    let (peer, ways) = ways(|| {
-        stage
-            .mesh("client")
-            .send(&format!("{}:19000", stage.node_1))
-    })?;
-    assert_eq!(peer, stage.client);
-    assert_eq!(ways, [""; 0]);
-    Ok(())
+    in_every_case(|scene| {
+        let Scene { client, host, .. } = scene;
+        let (peer, ways) = scene.ways(|| client.send(&host.tcp()))?;
+        same(peer, client.ip)?;
+        same(ways, DIRECT)
+    })
 }
 
-/// Completes a TLS handshake with the API server's ClusterIP from a pod; the server's subject.
-fn api_server_seen_from(namespace: &str, pod: &str) -> Result<String> {
-    let cluster = &Stage::set()?.cluster;
+#[test]
+fn s16_a_mesh_pod_reaches_processes_of_hosts_by_a_cluster_ip() -> Result<()> {
+    in_every_case(|scene| {
+        let Scene { home, client, .. } = scene;
+        for host in [&scene.host, &scene.away_host] {
+            let service = scene.service(host)?;
+            let (peer, ways) = scene.ways(|| client.send(&service))?;
+            same(peer, client.ip)?;
+            let via = format!("{}.{PLAIN}.svc.cluster.local", host.name);
+            let way = format!("{home} out {client} -> {host} via {via} plain");
+            same(ways, [way])?;
+        }
+        Ok(())
+    })
+}
+
+/// Completes a TLS handshake with the API server's ClusterIP, from a pod; the server must be it. That
+/// Service has an address of the cluster's first family only.
+fn reach_api_server(scene: &Scene, from: &Actor) -> Result<()> {
+    let cluster = &scene.stage.cluster;
     let path = "jsonpath={.spec.clusterIP}";
     let ip = cluster.kubectl(&["get", "service", "kubernetes", "-o", path])?;
     let script = format!("openssl s_client -connect {ip}:443 </dev/null 2>&1 | grep '^subject='");
-    cluster
-        .exec(namespace, pod, &["sh", "-c", &script])?
-        .success()
+    let subject = cluster
+        .exec(from.namespace, from.name, &["sh", "-c", &script])?
+        .success()?;
+    ensure!(subject.contains("kube-apiserver"), "{subject}");
+    Ok(())
 }
 
 #[test]
 fn s16_a_mesh_pod_reaches_the_api_server_by_its_cluster_ip() -> Result<()> {
-    let (subject, ways) = ways(|| api_server_seen_from(MESH, "client"))?;
-    assert!(subject.contains("kube-apiserver"), "{subject}");
-    assert_eq!(ways.len(), 1, "{ways:?}");
-    assert!(
-        ways[0].starts_with("node-1 out stage-mesh/client -> "),
-        "{ways:?}"
-    );
-    assert!(
-        ways[0].ends_with(" via kubernetes.default.svc.cluster.local plain"),
-        "{ways:?}"
-    );
-    Ok(())
+    in_every_case(|scene| {
+        if scene.case.family == Family::V6 {
+            return Ok(());
+        }
+        let Scene { home, client, .. } = scene;
+        let ((), ways) = scene.ways(|| reach_api_server(scene, client))?;
+        let [way] = &ways[..] else {
+            bail!("not one way: {ways:?}")
+        };
+        let start = format!("{home} out {client} -> ");
+        let end = " via kubernetes.default.svc.cluster.local plain";
+        ensure!(way.starts_with(&start) && way.ends_with(end), "{way}");
+        Ok(())
+    })
 }
 
 #[test]
-fn s17_a_pod_outside_the_mesh_reaches_the_api_server_directly() -> Result<()> {
-    let (subject, ways) = ways(|| api_server_seen_from("stage-plain", "stranger"))?;
-    assert!(subject.contains("kube-apiserver"), "{subject}");
-    assert_eq!(ways, [""; 0]);
-    Ok(())
+fn s17_a_pod_outside_the_mesh_reaches_hosts_and_the_api_server_directly() -> Result<()> {
+    in_every_case(|scene| {
+        let stranger = &scene.stranger;
+        for host in [&scene.host, &scene.away_host] {
+            let service = scene.service(host)?;
+            let (peer, ways) = scene.ways(|| stranger.send(&service))?;
+            same(peer, stranger.ip)?;
+            same(ways, DIRECT)?;
+        }
+        if scene.case.family == Family::V4 {
+            let ((), ways) = scene.ways(|| reach_api_server(scene, stranger))?;
+            same(ways, DIRECT)?;
+        }
+        Ok(())
+    })
 }
 
 #[test]
 fn s18_a_cluster_ip_without_endpoints_is_refused_at_once() -> Result<()> {
-    let stage = Stage::set()?;
-    let to = format!("{}:9000", service_ip("nobody")?);
-    let seen = stage
-        .mesh("client")
-        .attempt(&["connect", "--to", &to], "")?;
-    // By the node's own filter, which kube-proxy fills and which mesh traffic passes too.
-    let error = seen["error"].as_str().context("it was not refused")?;
-    ensure!(error.contains("Connection refused"), "{seen}");
-    let took = seen["ms"].as_u64().context("ms")?;
-    ensure!(took < 1000, "{seen}");
-    Ok(())
+    in_every_case(|scene| {
+        let to = with_port(scene.cluster_ip(MESH, "nobody")?, 9000);
+        let seen = scene.client.attempt(&["connect", "--to", &to])?;
+        // By the node's own filter, which kube-proxy fills and which mesh traffic passes too.
+        let error = seen["error"].as_str().context("it was not refused")?;
+        ensure!(error.contains("Connection refused"), "{seen}");
+        // A pod's kernel that hears of a refusal while it still sends the first packet believes only the
+        // one of the second, a second later; over IPv6 it does, in the mesh and outside.
+        let limit = match scene.case.family {
+            Family::V4 => 1000,
+            Family::V6 => 2000,
+        };
+        let took = seen["ms"].as_u64().context("ms")?;
+        ensure!(took < limit, "{seen}");
+        Ok(())
+    })
 }
 
 #[test]
 fn s21_a_mesh_pod_reaches_a_mesh_pod_of_another_node_over_hbone() -> Result<()> {
-    let stage = Stage::set()?;
-    let (peer, ways) = ways(|| stage.mesh("client").send(&format!("{}:9000", stage.far)))?;
-    assert_eq!(peer, stage.client);
-    assert_eq!(
-        ways,
-        [
-            "node-1 out stage-mesh/client -> stage-mesh/far mtls",
-            "node-2 in stage-mesh/client -> stage-mesh/far mtls",
-        ]
-    );
-    Ok(())
+    in_every_case(|scene| {
+        let Scene {
+            home,
+            away,
+            client,
+            far,
+            ..
+        } = scene;
+        let (peer, ways) = scene.ways(|| client.send(&far.tcp()))?;
+        same(peer, client.ip)?;
+        let out = format!("{home} out {client} -> {far} mtls");
+        let into = format!("{away} in {client} -> {far} mtls");
+        same(sorted(ways), sorted(vec![out, into]))
+    })
 }
 
 #[test]
 fn s22_large_bodies_half_closes_and_single_bytes_arrive_whole() -> Result<()> {
-    const GIB: u64 = 1 << 30;
-    let stage = Stage::set()?;
-    let client = stage.mesh("client");
-    for server in [&stage.near, &stage.far] {
-        client.run(&["half-close", "--to", &format!("{server}:9001")])?;
-        client.run(&["dribble", "--to", &format!("{server}:9000")])?;
+    let large = large_body()?;
+    in_every_case(|scene| {
+        let Scene {
+            client, near, far, ..
+        } = scene;
+        let mut bodies = vec![(near, 60 << 10), (far, 60 << 10)];
+        if scene.first_of_family {
+            bodies.push((far, large));
+        }
+        for server in [near, far] {
+            client.run(&["half-close", "--to", &server.port(9001)])?;
+            client.run(&["dribble", "--to", &server.tcp()])?;
+        }
+        for (server, bytes) in bodies {
+            let (bytes, web) = (bytes.to_string(), format!("http://{}", server.port(8080)));
+            let page = format!("{web}/bytes/{bytes}");
+            let down = client.run(&["download", &page, "--timeout", "120"])?;
+            same(&down["bytes"].to_string(), &bytes)?;
+            let page = format!("{web}/sum");
+            client.run(&["upload", &page, "--bytes", &bytes, "--timeout", "120"])?;
+        }
+        Ok(())
+    })
+}
+
+/// 1 GiB or, with `AMBIT_LARGE_BODY`, fewer bytes where an emulated processor carries them.
+fn large_body() -> Result<u64> {
+    match std::env::var("AMBIT_LARGE_BODY") {
+        Ok(bytes) => bytes
+            .parse()
+            .with_context(|| format!("AMBIT_LARGE_BODY is a number, not {bytes:?}")),
+        Err(_) => Ok(1 << 30),
     }
-    for (server, bytes) in [
-        (&stage.near, 60 << 10),
-        (&stage.far, 60 << 10),
-        (&stage.far, GIB),
-    ] {
-        let (bytes, web) = (bytes.to_string(), format!("http://{server}:8080"));
-        let page = format!("{web}/bytes/{bytes}");
-        let down = client.run(&["download", &page, "--timeout", "120"])?;
-        assert_eq!(down["bytes"].to_string(), bytes, "{down}");
-        let page = format!("{web}/sum");
-        client.run(&["upload", &page, "--bytes", &bytes, "--timeout", "120"])?;
-    }
-    Ok(())
+}
+
+/// Ways in one order: they come in that of the nodes.
+fn sorted(mut ways: Vec<String>) -> Vec<String> {
+    ways.sort();
+    ways
 }

@@ -1,13 +1,16 @@
 //! The label is taken away.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use mesh_tests::capture::Capture;
 use mesh_tests::cluster::{Cluster, MODE_LABEL};
 use mesh_tests::guard::Namespace;
-use mesh_tests::manifest::Pod;
-use mesh_tests::podtool::Place;
+use mesh_tests::manifest::{Pod, TCP};
+use mesh_tests::matrix::under_every_filter;
+use mesh_tests::podtool::{Held, Place};
+use mesh_tests::scene::with_port;
 use mesh_tests::stage::{NODE_1, NODE_2};
 use mesh_tests::traffic::ways_of;
 use mesh_tests::wait::eventually;
@@ -49,25 +52,28 @@ fn a_withdrawn_pod_talks_directly_and_leaves_nothing_in_set_and_routes() -> Resu
     let name = namespace.name.as_str();
     let server = pair(&cluster, name)?;
     cluster.wait_in_mesh(name, Duration::from_secs(20))?;
-    let held = |node: &str| -> Result<String> {
-        let set = cluster.on_node(node, &["ipset", "list", "ztunnel-pods-ips"])?;
-        let routes = cluster.on_node(node, &["ip", "route", "show", "table", "100"])?;
-        Ok(set + &routes)
+    let held = |node: &str, ip: &IpAddr| -> Result<usize> {
+        let (set, family) = if ip.is_ipv4() {
+            ("ztunnel-pods-ips", "-4")
+        } else {
+            ("ztunnel-pods-ips6", "-6")
+        };
+        let mut all = cluster.on_node(node, &["ipset", "list", set])?;
+        all += &cluster.on_node(node, &["ip", family, "route", "show", "table", "100"])?;
+        let ip = ip.to_string();
+        Ok(all.split_whitespace().filter(|word| **word == ip).count())
     };
-    ensure!(
-        held(NODE_2)?.matches(&server).count() >= 2,
-        "{}",
-        held(NODE_2)?
-    );
-    withdraw(&cluster, name)?;
+    let mut all = Vec::new();
     for (node, pod) in [(NODE_1, "client"), (NODE_2, "server")] {
-        let ip = cluster.pod_field(name, pod, ".status.podIP")?;
+        for ip in cluster.pod_ips(name, pod)? {
+            ensure!(held(node, &ip)? >= 2, "{ip} is not in set and routes");
+            all.push((node, ip));
+        }
+    }
+    withdraw(&cluster, name)?;
+    for (node, ip) in all {
         eventually(Duration::from_secs(5), "nothing is left of the pod", || {
-            let held = held(node)?;
-            ensure!(
-                !held.split_whitespace().any(|word| word == ip),
-                "{ip}: {held}"
-            );
+            ensure!(held(node, &ip)? == 0, "{ip} is in set or routes");
             Ok(())
         })?;
     }
@@ -88,25 +94,48 @@ fn a_withdrawn_pod_talks_directly_and_leaves_nothing_in_set_and_routes() -> Resu
 #[test]
 fn s19_open_connections_go_on_when_their_pods_join_and_when_they_leave() -> Result<()> {
     let cluster = Cluster::current()?;
-    let namespace = Namespace::create(&cluster, "open", None)?;
+    under_every_filter(&cluster, |filter| {
+        open_connections_go_on(&cluster).with_context(|| format!("rp_filter {filter}"))
+    })
+}
+
+/// From either node to the other, and over both families, at the same time.
+fn open_connections_go_on(cluster: &Cluster) -> Result<()> {
+    let namespace = Namespace::create(cluster, "open", None)?;
     let name = namespace.name.as_str();
-    let server = format!("{}:9000", pair(&cluster, name)?);
-    let client = Place::pod(&cluster, name, "client");
-    let older = client.hold(&server)?;
+    let one = Pod::new(name, "one", NODE_1).manifests();
+    cluster.apply(&(one + &Pod::new(name, "two", NODE_2).manifests()))?;
+    cluster.wait_ready(name)?;
+    let mut all = Vec::new();
+    for (from, to) in [("one", "two"), ("two", "one")] {
+        for ip in cluster.pod_ips(name, to)? {
+            all.push((Place::pod(cluster, name, from), with_port(ip, TCP)));
+        }
+    }
+    ensure!(all.len() == 4, "{all:?}");
+    let hold_all = || all.iter().map(|(from, to)| from.hold(to)).collect();
+    let older: Vec<Held> = hold_all()?;
     cluster.kubectl(&["label", "namespace", name, &format!("{MODE_LABEL}=ambient")])?;
     cluster.wait_in_mesh(name, Duration::from_secs(20))?;
-    let (inside, ways) = ways_of(&cluster, name, || client.hold(&server))?;
+    let (inside, ways): (Vec<Held>, _) = ways_of(cluster, name, hold_all)?;
     ensure!(
-        ways.len() == 2 && ways.iter().all(|way| way.ends_with(" mtls")),
+        ways.len() == 4 && ways.iter().all(|way| way.ends_with(" mtls")),
         "{ways:?}"
     );
     std::thread::sleep(TEN_LINES);
-    withdraw(&cluster, name)?;
+    withdraw(cluster, name)?;
     std::thread::sleep(TEN_LINES);
-    older.end_uncut(STILL)?;
-    inside.end_uncut(STILL)?;
-    // A new one is direct.
-    let (_, ways) = ways_of(&cluster, name, || client.send(&server))?;
-    assert_eq!(ways, [""; 0]);
+    for (kind, held) in [("older", older), ("inside", inside)] {
+        for ((_, to), held) in all.iter().zip(held) {
+            held.end_uncut(STILL)
+                .with_context(|| format!("the connection to {to}, {kind}"))?;
+        }
+    }
+    // New ones are direct.
+    let ((), ways) = ways_of(cluster, name, || {
+        all.iter()
+            .try_for_each(|(from, to)| from.send(to).map(drop))
+    })?;
+    ensure!(ways.is_empty(), "{ways:?}");
     Ok(())
 }

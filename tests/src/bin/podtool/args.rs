@@ -18,6 +18,8 @@ pub(crate) struct Arguments {
 pub(crate) enum Command {
     /// Runs every server until the process is killed.
     Serve(Ports),
+    /// Runs clients until standard input ends: each line of it is the arguments of one, as a JSON array.
+    Obey,
     /// Reads the greeting of a TCP server, sends it a line and reads it back.
     Send {
         /// Host and port.

@@ -21,7 +21,7 @@ const PING_LIMIT: Duration = Duration::from_secs(5);
 /// Runs one client.
 pub(crate) async fn run(command: Command) -> Result<Value> {
     match command {
-        Command::Serve(_) => bail!("serve is no client"),
+        Command::Serve(_) | Command::Obey => bail!("not a client"),
         Command::Send { to, text } => tcp::send(&to, &text).await,
         Command::Dribble { to, bytes } => tcp::dribble(&to, bytes).await,
         Command::Hold { to } => tcp::hold(&to).await,

@@ -20,25 +20,47 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Parser;
 use serde_json::{Value, json};
+use tokio::runtime::Runtime;
 
 use crate::args::{Arguments, Command};
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    let runtime = tokio::runtime::Runtime::new()?;
-    if let Command::Serve(ports) = arguments.command {
-        runtime.block_on(serve::serve(ports))?;
-        return Ok(ExitCode::SUCCESS);
+    let runtime = Runtime::new()?;
+    match arguments.command {
+        Command::Serve(ports) => {
+            runtime.block_on(serve::serve(ports))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Obey => {
+            for line in std::io::stdin().lines() {
+                print(obey(&runtime, &line?));
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        _ => {
+            let outcome = run(&runtime, arguments);
+            // A lookup or a read of standard input that still waits must not hold the program up.
+            runtime.shutdown_background();
+            Ok(print(outcome))
+        }
     }
+}
+
+/// Runs the client that a line of standard input asks for.
+fn obey(runtime: &Runtime, line: &str) -> Result<Value> {
+    let words: Vec<String> = serde_json::from_str(line).context("read the arguments")?;
+    let all = std::iter::once("podtool".to_owned()).chain(words);
+    run(runtime, Arguments::try_parse_from(all)?)
+}
+
+fn run(runtime: &Runtime, arguments: Arguments) -> Result<Value> {
     let limit = Duration::from_secs(arguments.timeout);
-    let outcome = runtime.block_on(async {
+    runtime.block_on(async {
         tokio::time::timeout(limit, client::run(arguments.command))
             .await
             .with_context(|| format!("not done after {limit:?}"))?
-    });
-    // A lookup or a read of standard input that still waits must not hold the program up.
-    runtime.shutdown_background();
-    Ok(print(outcome))
+    })
 }
 
 fn print(outcome: Result<Value>) -> ExitCode {
