@@ -133,7 +133,7 @@ fn a_connect_to_another_pod_than_the_one_dialled_gets_400() -> Result<()> {
     let seen = stranger.dial(Some(&certificate), &authority)?;
     assert_eq!(seen["status"], 400, "{seen}");
     stranger.logged(&format!(
-        "the authority {authority} is not the address of the destination pod"
+        "the authority {authority} is not an address of the destination pod"
     ))
 }
 
