@@ -3,7 +3,6 @@
 use std::net::IpAddr;
 use std::path::Path;
 
-use netlink_packet_route::AddressFamily;
 use netlink_packet_route::link::{InfoKind, LinkMessage};
 use netlink_packet_route::route::{RouteHeader, RouteMessage, RouteType};
 
@@ -94,17 +93,16 @@ pub async fn find(
         .into_iter()
         .find_map(|family| default_device(&routes, family))
         .ok_or(AttachError::NoDefaultRoute)?;
-    let links = inside.links().await?;
-    let link = links
-        .iter()
-        .find(|link| link.header.index == index)
+    let link = inside
+        .link_at(index)
+        .await?
         .ok_or(AttachError::NoDefaultRoute)?;
-    let device = netlink::name(link);
+    let device = netlink::name(&link);
     let ips = addresses(&inside, &routes, index).await?;
     if ips.is_empty() {
         return Err(AttachError::NoAddress(device));
     }
-    match netlink::kind(link) {
+    match netlink::kind(&link) {
         Some(InfoKind::Veth) => {}
         Some(InfoKind::Netkit) => return Err(AttachError::Netkit(device)),
         kind => {
@@ -117,7 +115,7 @@ pub async fn find(
         }
     }
     let ends = ends(&outside, &ips).await?;
-    let host_device = match host_end(&outside, link, index).await? {
+    let host_device = match host_end(&outside, &link, index).await? {
         Some(name) => name,
         None => way_out(&outside, ends.outer().proxy).await?,
     };
@@ -129,7 +127,7 @@ pub async fn find(
         ends,
         device,
         host_device,
-        mtu: netlink::mtu(link),
+        mtu: netlink::mtu(&link),
         default_rp_filter,
     })
 }
@@ -138,11 +136,7 @@ pub async fn find(
 fn default_device(routes: &[RouteMessage], family: Family) -> Option<u32> {
     let is_default = |route: &&RouteMessage| {
         let header = &route.header;
-        let family_matches = match family {
-            Family::V4 => header.address_family == AddressFamily::Inet,
-            Family::V6 => header.address_family == AddressFamily::Inet6,
-        };
-        family_matches
+        netlink::family_of(header.address_family) == Some(family)
             && header.destination_prefix_length == 0
             && header.kind == RouteType::Unicast
             && header.table == RouteHeader::RT_TABLE_MAIN

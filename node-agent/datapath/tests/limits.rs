@@ -6,7 +6,7 @@ mod bed;
 use std::net::UdpSocket;
 
 use bed::converge::{attached, converge, kernel};
-use bed::{Bed, HOST, PROXY, input_with};
+use bed::{Bed, PROXY, input_with};
 use datapath::attachment::{self, AttachError};
 use datapath::facts::lack::{self, Lack};
 use datapath::facts::{self, Earlier, Interest, Obstacle, Others};
@@ -295,19 +295,7 @@ async fn the_backend_is_that_of_the_hosts_rules() {
 #[tokio::test]
 async fn a_proxy_on_another_kind_of_device_is_named() {
     let bed = Bed::new(IptablesBackend::Nft);
-    let proxy = bed.name("proxy");
-    bed.run(
-        "host",
-        &format!(
-            "ip -n {proxy} link delete eth0
-             ip link add uplink type veth peer name downlink
-             ip link set uplink up
-             ip link add eth0 link uplink netns {proxy} type macvlan mode bridge
-             ip -n {proxy} address add {PROXY}/24 dev eth0
-             ip -n {proxy} link set eth0 up
-             ip -n {proxy} route add default via {HOST}"
-        ),
-    );
+    bed.put_proxy_on_macvlan();
     let (host, proxy) = (bed.netns("host"), bed.netns("proxy"));
     let error = attachment::find(&host, &proxy, "/proc/sys/net".as_ref())
         .await

@@ -6,7 +6,7 @@ use crds::{AmbientNodeStatus, IptablesBackend as Kept, KernelStatus, conditions}
 use datapath::IptablesBackend;
 use datapath::names::Names;
 
-use super::bed::{Bed, HOST, PROXY};
+use super::bed::{Bed, PROXY};
 use super::peer::Peer;
 use super::{Agent, eventually, ready, veth};
 use crate::cleanup::cleanup;
@@ -33,19 +33,7 @@ async fn a_node_that_does_not_forward_is_told_which_setting_is_off() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_proxy_without_a_veth_is_turned_away_with_what_it_needs() {
     let bed = Bed::new(IptablesBackend::Nft);
-    let proxy = bed.name("proxy");
-    bed.run(
-        "host",
-        &format!(
-            "ip -n {proxy} link delete eth0
-             ip link add uplink type veth peer name downlink
-             ip link set uplink up
-             ip link add eth0 link uplink netns {proxy} type macvlan mode bridge
-             ip -n {proxy} address add {PROXY}/24 dev eth0
-             ip -n {proxy} link set eth0 up
-             ip -n {proxy} route add default via {HOST}"
-        ),
-    );
+    bed.put_proxy_on_macvlan();
     let mut agent = Agent::start(&bed, 1_000).await;
     agent.want(veth(1));
     let _peer = Peer::connect(&agent.socket, &bed, "proxy").await;

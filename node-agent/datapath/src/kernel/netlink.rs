@@ -18,7 +18,7 @@ use crate::family::Family;
 use crate::netns::Netns;
 
 pub(crate) use device::{ip, kind, mtu, name, peer_index};
-pub(crate) use message::{foreign_mark, on_link, way};
+pub(crate) use message::{family_of, foreign_mark, on_link, way};
 
 /// A netlink socket in one namespace.
 #[derive(Clone, Debug)]

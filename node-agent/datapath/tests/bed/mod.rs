@@ -129,6 +129,23 @@ impl Bed {
         }
     }
 
+    /// Gives the proxy's pod a device of another kind than a veth.
+    pub(crate) fn put_proxy_on_macvlan(&self) {
+        let proxy = self.name("proxy");
+        self.run(
+            "host",
+            &format!(
+                "ip -n {proxy} link delete eth0
+                 ip link add uplink type veth peer name downlink
+                 ip link set uplink up
+                 ip link add eth0 link uplink netns {proxy} type macvlan mode bridge
+                 ip -n {proxy} address add {PROXY}/24 dev eth0
+                 ip -n {proxy} link set eth0 up
+                 ip -n {proxy} route add default via {HOST}"
+            ),
+        );
+    }
+
     /// Full name of a namespace.
     pub(crate) fn name(&self, name: &str) -> String {
         format!("{}-{name}", self.prefix)

@@ -28,7 +28,7 @@ pub(super) fn address_family(family: Family) -> AddressFamily {
 }
 
 /// The family that netlink means.
-fn family_of(family: AddressFamily) -> Option<Family> {
+pub(crate) fn family_of(family: AddressFamily) -> Option<Family> {
     match family {
         AddressFamily::Inet => Some(Family::V4),
         AddressFamily::Inet6 => Some(Family::V6),
