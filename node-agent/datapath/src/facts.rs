@@ -39,6 +39,10 @@ pub use obstacle::{Obstacle, Severity};
 
 use saved::Saved;
 
+/// Of so many looks at a host one reads the rules of iptables-legacy: nothing tells whether they have
+/// changed, and thousands of them take long.
+const LEGACY_EVERY: u32 = 4;
+
 /// What this node's kernel can do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Facts {
@@ -73,6 +77,8 @@ pub struct Earlier<'a> {
     pub backend: Option<IptablesBackend>,
     /// What was found last.
     pub others: Option<&'a Others>,
+    /// Whether something has to go: then everything is read that may have changed.
+    pub hindered: bool,
 }
 
 /// What the data path is going to need, as far as others may stand in its way.
@@ -140,16 +146,13 @@ pub async fn find(
     let netlink = Netlink::open(host).map_err(FactsError::Enter)?;
     // Before the rules are read: a change while they are is seen the next time.
     let generation = generation(host);
-    let unchanged = earlier
-        .others
-        .filter(|others| generation.is_some() && others.generation == generation);
+    let known = earlier.known(generation);
     let list = async { Ok((netlink.links().await?, netlink.rules().await?)) };
-    let ((links, rules), saved) = tokio::try_join!(list, save(host, names, unchanged))?;
-    let usage = |backend| backend::usage(saved.iter().filter(|saved| saved.backend == backend));
+    let ((links, rules), saved) = tokio::try_join!(list, save(host, names, &known))?;
     let choice = backend::choose(
         earlier.backend,
-        usage(IptablesBackend::Nft),
-        usage(IptablesBackend::Legacy),
+        backend::usage(IptablesBackend::Nft, &saved),
+        backend::usage(IptablesBackend::Legacy, &saved),
     );
     let facts = Facts {
         release: release.release().to_string_lossy().into_owned(),
@@ -213,10 +216,29 @@ pub async fn obstacles(
     Ok(found)
 }
 
+impl Earlier<'_> {
+    /// What was printed before and is as good as new.
+    fn known(&self, generation: Option<u32>) -> Vec<Saved> {
+        let Some(others) = self.others else {
+            return Vec::new();
+        };
+        // Where our own chains are has to be seen once.
+        let settled = self.backend != Some(IptablesBackend::Legacy)
+            || backend::usage(IptablesBackend::Legacy, &others.saved).is_ours();
+        let is_known = |saved: &&Saved| match saved.backend {
+            IptablesBackend::Nft => generation.is_some() && others.generation == generation,
+            IptablesBackend::Legacy => !self.hindered && settled && saved.age + 1 < LEGACY_EVERY,
+        };
+        let known = others.saved.iter().filter(is_known);
+        known.map(Saved::older).collect()
+    }
+}
+
 impl Others {
-    /// What `iptables-save` printed.
+    /// What `iptables-save` printed, unless it may have changed since.
     pub fn dumps(&self) -> impl Iterator<Item = Dump<'_>> {
-        self.saved.iter().map(|saved| Dump {
+        let current = |saved: &&Saved| saved.backend == IptablesBackend::Nft || saved.age == 0;
+        self.saved.iter().filter(current).map(|saved| Dump {
             backend: saved.backend,
             family: saved.family,
             generation: match saved.backend {
@@ -232,7 +254,7 @@ impl Others {
     pub fn holding_ours(&self) -> BTreeSet<IptablesBackend> {
         self.saved
             .iter()
-            .filter(|saved| saved.has_ours())
+            .filter(|saved| saved.usage.is_ours())
             .map(|saved| saved.backend)
             .collect()
     }
@@ -281,20 +303,13 @@ fn generation(host: &Netns) -> Option<u32> {
     Netfilter::open(host).ok()?.generation().ok()?
 }
 
-/// What both backends hold, of every family; nothing of legacy where it is not in use. That of nft is
-/// taken from `unchanged`: with thousands of rules it takes long to print.
-async fn save(
-    host: &Netns,
-    names: &Names,
-    unchanged: Option<&Others>,
-) -> Result<Vec<Saved>, FactsError> {
+/// What both backends hold, of every family; nothing of legacy where it is not in use. What is known is
+/// not read again: with thousands of rules it takes long to print.
+async fn save(host: &Netns, names: &Names, known: &[Saved]) -> Result<Vec<Saved>, FactsError> {
     let of_one = |family: &Family| {
         let (host, names, family) = (host.clone(), names.clone(), *family);
-        let known: Option<Vec<Saved>> = unchanged.map(|others| {
-            let is_known =
-                |saved: &&Saved| (saved.backend, saved.family) == (IptablesBackend::Nft, family);
-            others.saved.iter().filter(is_known).cloned().collect()
-        });
+        let known = known.iter().filter(|saved| saved.family == family);
+        let known: Vec<Saved> = known.cloned().collect();
         let save = move || save_family(&host, &names, family, known);
         async {
             tokio::task::spawn_blocking(save)
@@ -308,12 +323,12 @@ async fn save(
     Ok(found.concat())
 }
 
-/// What both backends hold of one family; what nft holds may be known.
+/// What both backends hold of one family; that of either may be known.
 fn save_family(
     host: &Netns,
     names: &Names,
     family: Family,
-    known: Option<Vec<Saved>>,
+    known: Vec<Saved>,
 ) -> Result<Vec<Saved>, FactsError> {
     // Reading the legacy tables would load them where they are not in use.
     let tables = match family {
@@ -325,21 +340,16 @@ fn save_family(
         .map_err(FactsError::Enter)?
         .is_ok_and(|tables| !tables.trim().is_empty());
     let dump = |backend| {
+        if let Some(known) = known.iter().find(|saved| saved.backend == backend) {
+            return Ok(known.clone());
+        }
         let text = Iptables::new(backend).dump(family, host)?;
-        Ok(Saved {
-            backend,
-            family,
-            text: text.into(),
-            names: names.clone(),
-        })
+        Ok(Saved::new(backend, family, text, names.clone()))
     };
-    let mut found = match known {
-        Some(known) => known,
-        None => match dump(IptablesBackend::Nft) {
-            // An old kernel without nf_tables, whose host makes do with legacy.
-            Err(error) if in_use && lack::is_of_kernel(&error) => Vec::new(),
-            nft => vec![nft?],
-        },
+    let mut found = match dump(IptablesBackend::Nft) {
+        // An old kernel without nf_tables, whose host makes do with legacy.
+        Err(error) if in_use && lack::is_of_kernel(&error) => Vec::new(),
+        nft => vec![nft?],
     };
     if in_use {
         found.push(dump(IptablesBackend::Legacy)?);

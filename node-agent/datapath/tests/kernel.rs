@@ -139,6 +139,11 @@ async fn deleted_comes_back(kind: TunnelKind) {
             "sysctl -qw net.ipv4.conf.vproxy.rp_filter=1".to_owned(),
             format!("{iptables} -t mangle -D PREROUTING -j ztunnel-PREROUTING"),
             format!("{iptables} -t mangle -F ztunnel-OUTPUT"),
+            format!(
+                "{iptables} -t nat -D POSTROUTING -j ztunnel-POSTROUTING
+                 {iptables} -t nat -F ztunnel-POSTROUTING
+                 {iptables} -t nat -X ztunnel-POSTROUTING"
+            ),
             format!("{iptables} -t nat -I PREROUTING 1 -j RETURN"),
         ] {
             bed.run("host", &vandal);

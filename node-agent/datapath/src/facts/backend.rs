@@ -30,12 +30,44 @@ pub(super) struct Choice {
     pub(super) moved: bool,
 }
 
+impl Usage {
+    /// What one program printed.
+    pub(super) fn of(saved: &Saved) -> Self {
+        saved
+            .chains()
+            .fold(Self::default(), |usage, name| {
+                usage.with_chain(name, saved.is_ours(name))
+            })
+            .with_rules(saved.foreign_rules().count())
+    }
+
+    pub(super) fn is_ours(self) -> bool {
+        self.ours
+    }
+
+    fn with_chain(self, name: &str, is_ours: bool) -> Self {
+        Self {
+            ours: self.ours || is_ours,
+            hint: self.hint || HINTS.contains(&name),
+            others: self.others + usize::from(!is_ours),
+        }
+    }
+
+    fn with_rules(self, rules: usize) -> Self {
+        Self {
+            others: self.others + rules,
+            ..self
+        }
+    }
+}
+
 /// That of a backend, of all its families.
-pub(super) fn usage<'a>(saved: impl Iterator<Item = &'a Saved>) -> Usage {
-    saved.fold(Usage::default(), |usage, saved| Usage {
-        ours: usage.ours || saved.has_ours(),
-        hint: usage.hint || saved.foreign_chains().any(|name| HINTS.contains(&name)),
-        others: usage.others + saved.foreign_chains().count() + saved.foreign_rules().count(),
+pub(super) fn usage(backend: IptablesBackend, saved: &[Saved]) -> Usage {
+    let of_backend = saved.iter().filter(|saved| saved.backend == backend);
+    of_backend.fold(Usage::default(), |usage, saved| Usage {
+        ours: usage.ours || saved.usage.ours,
+        hint: usage.hint || saved.usage.hint,
+        others: usage.others + saved.usage.others,
     })
 }
 
@@ -140,10 +172,7 @@ mod tests {
 
     #[test]
     fn rules_chains_and_hints_are_counted_and_ours_are_not() {
-        let saved = Saved {
-            backend: Nft,
-            family: Family::V4,
-            text: "*mangle
+        let text = "*mangle
 :PREROUTING ACCEPT [0:0]
 :KUBE-IPTABLES-HINT - [0:0]
 :ztunnel-PREROUTING - [0:0]
@@ -155,16 +184,14 @@ COMMIT
 :KUBE-SERVICES - [0:0]
 -A PREROUTING -j KUBE-SERVICES
 COMMIT
-"
-            .into(),
-            names: Names::default(),
-        };
+";
+        let saved = Saved::new(Nft, Family::V4, text.to_owned(), Names::default());
         let expected = Usage {
             ours: true,
             hint: true,
             others: 3,
         };
-        assert_eq!(usage([saved].iter()), expected);
-        assert_eq!(usage([].iter()), NONE);
+        assert_eq!(usage(Nft, std::slice::from_ref(&saved)), expected);
+        assert_eq!(usage(Legacy, &[saved]), NONE);
     }
 }

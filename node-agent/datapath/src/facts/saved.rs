@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::backend::Usage;
 use crate::family::Family;
 use crate::input::IptablesBackend;
 use crate::names::Names;
@@ -15,6 +16,10 @@ pub(super) struct Saved {
     pub(super) text: Arc<str>,
     /// What is ours in it.
     pub(super) names: Names,
+    /// Who uses the backend, counted once.
+    pub(super) usage: Usage,
+    /// Looks at the host since it was printed.
+    pub(super) age: u32,
 }
 
 /// A rule of somebody else.
@@ -27,6 +32,34 @@ pub(super) struct Rule<'a> {
 }
 
 impl Saved {
+    /// What was just printed.
+    pub(super) fn new(
+        backend: IptablesBackend,
+        family: Family,
+        text: String,
+        names: Names,
+    ) -> Self {
+        let saved = Self {
+            backend,
+            family,
+            text: text.into(),
+            names,
+            usage: Usage::default(),
+            age: 0,
+        };
+        let usage = Usage::of(&saved);
+        Self { usage, ..saved }
+    }
+
+    /// The same at the next look.
+    pub(super) fn older(&self) -> Self {
+        let age = self.age + 1;
+        Self {
+            age,
+            ..self.clone()
+        }
+    }
+
     /// Rules that are not ours and do not lead to ours.
     pub(super) fn foreign_rules(&self) -> impl Iterator<Item = Rule<'_>> {
         let mut table = "";
@@ -47,22 +80,12 @@ impl Saved {
         })
     }
 
-    /// Chains that are neither the kernel's own nor ours, by table.
-    pub(super) fn foreign_chains(&self) -> impl Iterator<Item = &str> {
-        self.chains().filter(|name| !self.is_ours(name))
-    }
-
-    /// Whether a chain of ours is in it.
-    pub(super) fn has_ours(&self) -> bool {
-        self.chains().any(|name| self.is_ours(name))
-    }
-
-    fn is_ours(&self, chain: &str) -> bool {
+    pub(super) fn is_ours(&self, chain: &str) -> bool {
         self.names.hook(chain).is_some()
     }
 
     /// Chains that somebody made: they have no policy.
-    fn chains(&self) -> impl Iterator<Item = &str> {
+    pub(super) fn chains(&self) -> impl Iterator<Item = &str> {
         self.text
             .lines()
             .filter_map(|line| line.strip_prefix(':')?.split_once(" - ["))

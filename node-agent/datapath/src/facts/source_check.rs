@@ -144,12 +144,7 @@ mod tests {
     }
 
     fn saved(text: String) -> Saved {
-        Saved {
-            backend: IptablesBackend::Nft,
-            family: Family::V4,
-            text: text.into(),
-            names: Names::default(),
-        }
+        Saved::new(IptablesBackend::Nft, Family::V4, text, Names::default())
     }
 
     fn drops(saved: Saved, device: &str) -> bool {

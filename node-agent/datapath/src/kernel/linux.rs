@@ -87,7 +87,10 @@ impl LinuxKernel {
     /// Takes over what a survey of the host has just read, so that the observation that comes now need
     /// not read it again.
     pub fn learn<'a>(&self, dumps: impl Iterator<Item = Dump<'a>>) {
-        let ours = dumps.filter(|dump| dump.backend == self.backend);
+        let mut ours = dumps.filter(|dump| dump.backend == self.backend).peekable();
+        if ours.peek().is_none() {
+            return;
+        }
         let of_one = |dump: Dump<'a>| {
             HOST_TABLES.map(|table| {
                 let chains = dump.chains(table, &self.names);
@@ -157,8 +160,9 @@ impl LinuxKernel {
                 return Ok(chains);
             }
             let (iptables, netns) = (side.iptables, side.netns.clone());
-            let names = self.names.clone();
-            let chains = aside(move || iptables.observe(family, table, &names, &netns)).await?;
+            let (names, known) = (self.names.clone(), side.seen.last((family, table)));
+            let read = move || iptables.observe((family, table), &names, &netns, known.as_ref());
+            let chains = aside(read).await?;
             side.seen.keep((family, table), generation, chains.clone());
             Ok(chains)
         };

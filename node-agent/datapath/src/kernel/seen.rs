@@ -43,6 +43,11 @@ impl Seen {
         holds.then(|| reading.chains.clone())
     }
 
+    /// What was last read of a table's chains, whatever has come of them.
+    pub(super) fn last(&self, of: (Family, Table)) -> Option<Chains> {
+        self.readings().get(&of)?.chains.clone()
+    }
+
     /// Keeps what was read, with the generation from before.
     pub(super) fn keep(
         &self,
