@@ -152,6 +152,10 @@ pub struct MarksSpec {
     #[schemars(length(max = 21))]
     #[schemars(extend("x-kubernetes-validations" = validation::mark()))]
     pub proxied: String,
+    /// Host: the same by its successor, while there are two.
+    #[schemars(length(max = 21))]
+    #[schemars(extend("x-kubernetes-validations" = validation::mark()))]
+    pub proxied_second: String,
     /// Host: the proxy's own traffic.
     #[schemars(length(max = 21))]
     #[schemars(extend("x-kubernetes-validations" = validation::mark()))]
@@ -161,6 +165,10 @@ pub struct MarksSpec {
     #[schemars(extend("x-kubernetes-validations" = validation::mark()))]
     #[serde(rename = "return")]
     pub return_: String,
+    /// Host: answer to a connection of its successor, while there are two.
+    #[schemars(length(max = 21))]
+    #[schemars(extend("x-kubernetes-validations" = validation::mark()))]
+    pub return_second: String,
     /// Proxy's namespace: deliver locally (TPROXY).
     #[schemars(length(max = 21))]
     #[schemars(extend("x-kubernetes-validations" = validation::mark()))]
@@ -338,8 +346,10 @@ impl Default for MarksSpec {
             outbound: "0x100/0x100".to_owned(),
             skip: "0x200/0x200".to_owned(),
             proxied: "0x210/0x210".to_owned(),
+            proxied_second: "0x208/0x208".to_owned(),
             own: "0x220/0x220".to_owned(),
             return_: "0x40/0x40".to_owned(),
+            return_second: "0x80/0x80".to_owned(),
             tproxy: "0x400/0xfff".to_owned(),
             proxy_return: "0x4d3/0xfff".to_owned(),
         }

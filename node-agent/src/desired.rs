@@ -8,7 +8,7 @@ use crds::{AmbientNodeSpec, TunnelEndSpec, Workload, WorkloadNote, reasons};
 use datapath::attachment::Attachment;
 use datapath::input::{Marks, Ports, Proxy, Tunnel, TunnelEnd};
 use datapath::names::Names;
-use datapath::{FailureMode, Family, Mark, MeshPod, NodeInput, TunnelKind};
+use datapath::{FailureMode, Family, Mark, MeshPod, NodeInput, PerSlot, Slot, TunnelKind};
 use ipnet::IpNet;
 
 /// Bytes that geneve adds over IPv4: inner Ethernet, IP, UDP and geneve headers (RFC 8926).
@@ -87,15 +87,22 @@ pub(crate) fn parse(spec: &AmbientNodeSpec) -> Result<Wanted, InvalidSpec> {
     })
 }
 
-/// The data path's input, with the proxy that is attached and the pods whose turn it is.
+/// The data path's input, with the proxies that are attached and the pods whose turn it is.
 pub(crate) fn input(
     names: &Names,
     wanted: &Wanted,
-    proxy: Option<&Attachment>,
-    serving: bool,
+    proxies: &PerSlot<Option<Attachment>>,
+    serving: Option<Slot>,
     pods: &[Pod],
     pod_devices: &BTreeSet<String>,
 ) -> NodeInput {
+    let proxy = |attachment: &Attachment| Proxy {
+        ends: attachment.ends,
+        host_device: attachment.host_device.clone(),
+        device: attachment.device.clone(),
+        mtu: mtu(wanted, attachment),
+        default_rp_filter: attachment.default_rp_filter.clone(),
+    };
     NodeInput {
         names: names.clone(),
         tunnel: Tunnel {
@@ -103,19 +110,14 @@ pub(crate) fn input(
             port: wanted.tunnel_port,
             inbound: wanted.inbound,
             outbound: wanted.outbound,
-            // Without a proxy there are no devices.
-            mtu: proxy.map_or(0, |proxy| mtu(wanted, proxy)),
         },
         ports: wanted.ports,
         marks: wanted.marks,
         failure_mode: wanted.failure_mode,
-        proxy: proxy.map(|proxy| Proxy {
-            ends: proxy.ends,
-            host_device: proxy.host_device.clone(),
-            device: proxy.device.clone(),
-            default_rp_filter: proxy.default_rp_filter.clone(),
-            serving,
-        }),
+        proxies: proxies
+            .as_ref()
+            .map(|attachment| attachment.as_ref().map(proxy)),
+        serving,
         pods: pods
             .iter()
             .flat_map(|pod| pod.ips.iter().map(|ip| MeshPod { ip: *ip }))
@@ -222,17 +224,25 @@ fn marks(spec: &AmbientNodeSpec) -> Result<Marks, InvalidSpec> {
         outbound,
         skip,
         proxied,
+        proxied_second,
         own,
         return_,
+        return_second,
         tproxy,
         proxy_return,
     } = &spec.marks;
     let marks = Marks {
         outbound: mark("outbound", outbound)?,
         skip: mark("skip", skip)?,
-        proxied: mark("proxied", proxied)?,
+        proxied: PerSlot {
+            first: mark("proxied", proxied)?,
+            second: mark("proxiedSecond", proxied_second)?,
+        },
         own: mark("own", own)?,
-        return_: mark("return", return_)?,
+        return_: PerSlot {
+            first: mark("return", return_)?,
+            second: mark("returnSecond", return_second)?,
+        },
         tproxy: mark("tproxy", tproxy)?,
         proxy_return: mark("proxyReturn", proxy_return)?,
     };
@@ -330,12 +340,17 @@ pub(crate) mod tests {
             input(
                 &Names::default(),
                 &parse(spec).unwrap(),
-                Some(attachment),
-                true,
+                &PerSlot {
+                    first: Some(attachment.clone()),
+                    second: None,
+                },
+                Some(Slot::First),
                 &[],
                 &BTreeSet::new(),
             )
-            .tunnel
+            .proxies
+            .first
+            .unwrap()
             .mtu
         };
         let input_of = |spec: &AmbientNodeSpec| mtu(spec, &attachment);

@@ -11,7 +11,8 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use datapath::datapath::{Member, Target};
-use datapath::{Datapath, Item};
+use datapath::names::Names;
+use datapath::{Datapath, Item, Slot};
 
 use crate::desired::Pod;
 
@@ -103,6 +104,18 @@ impl Enrolment {
 /// before its proxy has answered, or has had the time to.
 pub(crate) fn may_begin(observed: &Datapath, proxy_has_answered: bool, waited: Duration) -> bool {
     proxy_has_answered || waited >= PROXY_GRACE || !leads_to_proxy(observed)
+}
+
+/// The slot of the proxy that new connections are handed to.
+pub(crate) fn leads_to(observed: &Datapath, names: &Names) -> Option<Slot> {
+    observed.host.iter().find_map(|item| match item {
+        Item::Route(route)
+            if route.table == names.table_outbound() && route.leads_into_a_tunnel() =>
+        {
+            names.slot_of(item.device()?)
+        }
+        _ => None,
+    })
 }
 
 /// How long to wait at most until [`may_begin`].

@@ -1,26 +1,34 @@
 //! One pass over the node: what is wanted, what is there, the difference, and what came of it.
+//!
+//! ```text
+//!  spec ─▶ survey ─▶ choose ─▶ attach ─▶ tell ─▶ mend (build, observe, plan, apply) ─▶ tell ─▶ outcome
+//! ```
+
+mod attach;
+mod mend;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crds::{AmbientNode, reasons};
-use datapath::attachment::{self, Attachment};
+use crds::AmbientNode;
 use datapath::changes::Changes;
 use datapath::facts::Facts;
 use datapath::kernel::{Kernel, LinuxKernel};
-use datapath::netns::Netns;
-use datapath::{Datapath, IptablesBackend, Item, TunnelKind, build, plan};
-use protocol::node::{Configure, LocalTraffic, Workload};
+use datapath::{Datapath, IptablesBackend, PerSlot, plan};
+use protocol::node::{Configure, Duty, LocalTraffic, Workload};
 use tokio::sync::mpsc;
 
 use crate::desired::{self, Pod, Wanted};
-use crate::failure::{Complaint, Failure, chain};
+use crate::failure::Failure;
 use crate::metrics::Metrics;
 use crate::order::{self, Enrolment};
 use crate::pod_devices::PodDevices;
 use crate::report::{Outcome, ProxyState, WorkloadOutcome};
-use crate::roster::{self, Progress, Roster, SessionId};
+use crate::roster::{self, Progress, Roster};
 use crate::survey::{Host, Survey};
+
+use attach::Attached;
+use mend::Progressed;
 
 /// What the agent knows of its node from pass to pass.
 pub(crate) struct Node {
@@ -32,21 +40,13 @@ pub(crate) struct Node {
     began: bool,
     survey: Survey,
     kernel: Option<LinuxKernel>,
-    attached: Option<(SessionId, Changes)>,
+    attached: PerSlot<Option<Attached>>,
     /// The last spec that could be used.
     wanted: Option<Arc<Wanted>>,
     enrolment: Option<Enrolment>,
     pod_devices: PodDevices,
     /// What was wanted of the kernel last.
     desired: Datapath,
-}
-
-/// Whether the pass got to the point where something can be said.
-enum Progressed {
-    /// The kernel was brought to what is wanted.
-    Done,
-    /// The proxy of a data path that stands has not answered yet.
-    Waiting,
 }
 
 impl Node {
@@ -59,7 +59,7 @@ impl Node {
             began: false,
             survey: Survey::default(),
             kernel: None,
-            attached: None,
+            attached: PerSlot::default(),
             wanted: None,
             enrolment: None,
             pod_devices: PodDevices::default(),
@@ -95,11 +95,11 @@ impl Node {
             ));
         };
         roster.choose(wanted.ports, &self.enrolled());
-        let (proxy, attachment) = self.attach(roster).await;
+        let (proxy, attachments) = self.attach(roster).await;
         self.tell(&wanted, roster);
         let failure = match surveyed {
             Err(failure) => Some(failure),
-            Ok(()) => match self.mend(&wanted, roster, attachment.as_ref(), full).await {
+            Ok(()) => match self.mend(&wanted, roster, &attachments, full).await {
                 Ok(Progressed::Done) => None,
                 Ok(Progressed::Waiting) => return None,
                 Err(failure) => Some(failure),
@@ -127,6 +127,7 @@ impl Node {
             .await
             .map_err(|error| Failure::from(&error))?;
         (self.desired, self.wanted, self.enrolment) = (Datapath::default(), None, None);
+        roster.settle(None);
         roster.tell(&Configure::default());
         Ok(())
     }
@@ -151,7 +152,7 @@ impl Node {
         };
         // A host that had no rules at first has shown what it uses.
         if before.is_some_and(|before| before != facts.iptables) {
-            (self.kernel, self.attached) = (None, None);
+            (self.kernel, self.attached) = (None, PerSlot::default());
         }
         if self.kernel.is_none() {
             let kernel = LinuxKernel::in_namespace(
@@ -166,158 +167,6 @@ impl Node {
             kernel.learn(self.survey.dumps());
         }
         Ok(())
-    }
-
-    /// Looks at the chosen proxy's namespace, and makes it the kernel's proxy side.
-    async fn attach(&mut self, roster: &mut Roster) -> (ProxyState, Option<Attachment>) {
-        let Some(session) = roster.current() else {
-            self.detach();
-            return (ProxyState::Absent, None);
-        };
-        let connected = roster.current_is_connected();
-        let found =
-            attachment::find(&self.host.netns, &session.netns, &self.host.sysctl_root).await;
-        let attachment =
-            found
-                .map_err(|error| Complaint::unusable(&error))
-                .and_then(|attachment| {
-                    self.enter(session.id, &session.netns)
-                        .map_err(|message| Complaint {
-                            reason: reasons::PROXY_UNUSABLE,
-                            message,
-                        })?;
-                    Ok(attachment)
-                });
-        match attachment {
-            Ok(attachment) if connected => (
-                ProxyState::Attached(session.identity.clone(), attachment.clone()),
-                Some(attachment),
-            ),
-            // It may start again in the same pod: its devices stay.
-            Ok(attachment) => (ProxyState::Absent, Some(attachment)),
-            Err(why) => {
-                self.detach();
-                if connected {
-                    (ProxyState::Unusable(why), None)
-                } else {
-                    roster.forget_dead();
-                    (ProxyState::Absent, None)
-                }
-            }
-        }
-    }
-
-    fn enter(&mut self, id: SessionId, netns: &Netns) -> Result<(), String> {
-        let is_same = self
-            .attached
-            .as_ref()
-            .is_some_and(|(attached, changes)| *attached == id && changes.is_listening());
-        let (Some(kernel), false) = (&mut self.kernel, is_same) else {
-            return Ok(());
-        };
-        kernel
-            .attach(netns.clone())
-            .map_err(|error| chain(&error))?;
-        let changes = Changes::listen(netns, self.wake.clone()).map_err(|error| chain(&error))?;
-        self.attached = Some((id, changes));
-        Ok(())
-    }
-
-    fn detach(&mut self) {
-        self.attached = None;
-        if let Some(kernel) = &mut self.kernel {
-            kernel.detach();
-        }
-    }
-
-    /// Brings the kernel from what it holds to what is wanted.
-    async fn mend(
-        &mut self,
-        wanted: &Wanted,
-        roster: &Roster,
-        attachment: Option<&Attachment>,
-        full: bool,
-    ) -> Result<Progressed, Failure> {
-        let geneve = self.survey.facts().is_some_and(|facts| facts.geneve);
-        if wanted.kind == TunnelKind::Geneve && !geneve {
-            return Err(Failure::geneve_unsupported());
-        }
-        let session = roster.current();
-        let serving = session.is_some_and(|session| session.is_serving(wanted.ports));
-        let is_ready =
-            |uid: &str| session.is_some_and(|session| session.workload(uid) == Progress::Ready);
-        let looked = self.pod_devices.look(&self.host.netns, &wanted.pods, full);
-        looked.await.map_err(|error| Failure::from(&error))?;
-        let devices = self.pod_devices.names();
-        // The settings of what may be wanted are the same whoever is enrolled.
-        let draft = build(&desired::input(
-            &self.host.names,
-            wanted,
-            attachment,
-            serving,
-            &[],
-            &devices,
-        ));
-        let due = full || !self.began;
-        self.survey
-            .look_out(&self.host, (wanted, &draft), attachment, due)
-            .await?;
-        let Some(kernel) = &self.kernel else {
-            return Ok(Progressed::Waiting);
-        };
-        let interest = with_settings(draft, &self.desired);
-        let observed = if full {
-            kernel.observe(&interest).await
-        } else {
-            kernel.glance(&interest).await
-        }
-        .map_err(|error| Failure::from(&error))?;
-        let forbidden = self.survey.forbids();
-        if let Some(forbidden) = forbidden.clone().filter(|_| observed.host.is_empty()) {
-            return Err(forbidden);
-        }
-        let answered = session.is_some_and(roster::Session::has_answered);
-        if !self.began && !order::may_begin(&observed, answered, self.started.elapsed()) {
-            self.enrolment = Some(Enrolment::adopt(&wanted.pods, &observed));
-            return Ok(Progressed::Waiting);
-        }
-        let enrolment = self
-            .enrolment
-            .get_or_insert_with(|| Enrolment::adopt(&wanted.pods, &observed));
-        let selected = enrolment.select(&wanted.pods, is_ready);
-        let desired = build(&desired::input(
-            &self.host.names,
-            wanted,
-            attachment,
-            serving,
-            &selected,
-            &devices,
-        ));
-        let steps = plan(&desired, &observed);
-        let repairs = self.began && desired == self.desired;
-        self.began = true;
-        if steps.is_empty() {
-            enrolment.settle(&selected, &observed);
-            self.desired = desired;
-        } else {
-            self.metrics.applies(&steps, repairs);
-            tracing::info!(steps = steps.steps.len(), repairs, "the kernel is changed");
-            let applied = kernel.apply(&steps).await;
-            let after = kernel
-                .glance(&interest)
-                .await
-                .map_err(|error| Failure::from(&error))?;
-            enrolment.settle(&selected, &after);
-            self.desired = with_settings(desired.clone(), &self.desired);
-            applied.map_err(|error| Failure::from(&error))?;
-            let left = plan(&desired, &after);
-            if !left.is_empty() {
-                return Err(Failure::not_converged(&left));
-            }
-            self.desired = desired;
-        }
-        let complaint = forbidden.or_else(|| self.survey.breaks());
-        complaint.map_or(Ok(Progressed::Done), Err)
     }
 
     /// Tells the proxies who is theirs.
@@ -338,6 +187,8 @@ impl Node {
                 .map(message)
                 .collect(),
             local_traffic: local_traffic.into(),
+            // The roster says to each which it has.
+            duty: Duty::Unspecified.into(),
         });
     }
 
@@ -416,16 +267,6 @@ fn nothing_wanted(
         unusable: Vec::new(),
         excluded: object.spec.excluded.clone(),
     }
-}
-
-/// `datapath` with the settings of `before`, so that those no longer wanted are seen and put back.
-fn with_settings(mut datapath: Datapath, before: &Datapath) -> Datapath {
-    let settings = before
-        .host
-        .iter()
-        .filter(|item| matches!(item, Item::Sysctl(_)));
-    datapath.host.extend(settings.cloned());
-    datapath
 }
 
 fn message(pod: &Pod) -> Workload {

@@ -425,6 +425,8 @@ pub(crate) mod tests {
                     pod_name: "ambit-proxy-x".to_owned(),
                     pod_uid: "p".to_owned(),
                     version: "1".to_owned(),
+                    created: Timestamp::UNIX_EPOCH,
+                    terminating: false,
                 },
                 Attachment {
                     ends: datapath::input::Ends::V4(datapath::input::Pair {

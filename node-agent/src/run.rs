@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
+use datapath::names::Names;
 use datapath::netns::Netns;
 use kube::Client;
 use tokio::net::TcpListener;
@@ -99,7 +100,7 @@ async fn start(arguments: AgentArguments, client: Client) -> Result<JoinSet<&'st
     let (tell_outcome, outcomes) = watch::channel(None);
     let (wake, wakes) = mpsc::channel(1);
     let node_name = arguments.node_name.clone();
-    let doorman = Arc::new(doorman(&arguments, client.clone()));
+    let doorman = Arc::new(doorman(&arguments, &names, client.clone()));
     let host = Host {
         netns: Netns::own(),
         sysctl_root: arguments.sysctl_root,
@@ -145,7 +146,7 @@ async fn part(name: &'static str, work: impl Future<Output = ()>) -> &'static st
     name
 }
 
-fn doorman(arguments: &AgentArguments, client: Client) -> Doorman {
+fn doorman(arguments: &AgentArguments, names: &Names, client: Client) -> Doorman {
     Doorman {
         client,
         expected: Expected {
@@ -155,6 +156,7 @@ fn doorman(arguments: &AgentArguments, client: Client) -> Doorman {
         },
         host: Netns::own(),
         sysctl_root: arguments.sysctl_root.clone(),
+        names: names.clone(),
     }
 }
 

@@ -24,6 +24,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use crate::failure::{Complaint, chain};
 use crate::roster::{Session, SessionEvent, SessionId};
 
+use admit::Admitted;
 pub(crate) use admit::{Doorman, Expected};
 
 /// Connections at a time: a node has one proxy, two while one takes over from the other.
@@ -133,7 +134,11 @@ async fn talk(
 ) {
     let (tell, told) = watch::channel(None);
     let admitted = match admit(&stream, doorman, events).await {
-        Ok((identity, netns)) => Session::new(id, identity, netns, tell),
+        Ok(Admitted {
+            identity,
+            netns,
+            slot,
+        }) => Session::new(id, identity, netns, slot, tell),
         Err(error) => {
             let why = error.complaint();
             tracing::warn!(
@@ -166,7 +171,7 @@ async fn admit(
     stream: &UnixStream,
     doorman: &Doorman,
     events: &mpsc::Sender<SessionEvent>,
-) -> Result<(crate::roster::Identity, datapath::netns::Netns), SessionError> {
+) -> Result<Admitted, SessionError> {
     // The peer's process id is that of another pid namespace and says nothing here.
     let user = stream.peer_cred().map_err(SessionError::Peer)?.uid();
     if user != 0 {

@@ -14,6 +14,7 @@ use crds::{AmbientNode, AmbientNodeSpec, AmbientNodeStatus, FailureMode, TunnelT
 use datapath::IptablesBackend;
 use datapath::names::Names;
 use jiff::Timestamp;
+use protocol::node::Duty;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
@@ -62,6 +63,7 @@ impl Agent {
             },
             host: bed.netns("host"),
             sysctl_root: PathBuf::from("/proc/sys/net"),
+            names: Names::default(),
         };
         let host = Host {
             netns: bed.netns("host"),
@@ -268,28 +270,96 @@ async fn without_the_proxy_failure_mode_open_lets_pods_go_directly() {
     eventually("no pod is a member", || !is_member(&bed, 0)).await;
 }
 
+/// Which proxy's device each of the host's tables of mesh traffic leads to.
+fn ways(bed: &Bed) -> [String; 3] {
+    [101, 102, 103].map(|table| {
+        let routes = bed.run("host", &format!("ip route show table {table}"));
+        let way = routes.lines().find(|line| line.starts_with("default via"));
+        let device = way.and_then(|way| way.split(" dev ").nth(1));
+        device
+            .unwrap_or_default()
+            .split(' ')
+            .next()
+            .unwrap_or_default()
+            .to_owned()
+    })
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_proxy_pod_takes_over() {
+async fn a_new_proxy_pod_takes_over_and_the_old_one_keeps_what_it_carries() {
     let mut bed = Bed::new(IptablesBackend::Nft);
-    bed.pod("next", peer::NEXT_PROXY);
+    bed.pod("next", bed::NEXT_PROXY);
     let (mut agent, peer) = ready(&bed, 1).await;
-    let _next = Peer::connect(&agent.socket, &bed, "next").await;
-    let to_next = format!("{} dev vnext", peer::NEXT_PROXY);
-    eventually("the host's routes lead to the new proxy", || {
-        bed.run("host", "ip route show table 101")
-            .contains(&to_next)
+    eventually("the first proxy knows its duty", || {
+        peer.duty() == Duty::Active
     })
     .await;
+    assert_eq!(ways(&bed), ["istioout", "vproxy", "vproxy"]);
+
+    let next = Peer::connect(&agent.socket, &bed, "next").await;
+    eventually("the next proxy knows its duty", || {
+        next.duty() == Duty::Active
+    })
+    .await;
+    assert_eq!(ways(&bed), ["istioout2", "vproxy", "vnext"]);
+    eventually("the first proxy knows too", || peer.duty() == Duty::Standby).await;
+
+    // Its pod goes: its process first, then its device.
     drop(peer);
     agent.until(conditions::READY, "AllReady").await;
-    assert!(bed.run("next", "ip link").contains("pistioin"));
+    assert_eq!(ways(&bed), ["istioout2", "vproxy", "vnext"]);
+    bed.run("proxy", "ip link delete eth0");
+    eventually("nothing leads to the old proxy", || {
+        ways(&bed) == ["istioout2", "vnext", "vnext"]
+    })
+    .await;
+    agent.until(conditions::READY, "AllReady").await;
+    assert!(bed.run("next", "ip link").contains("pistioin2"));
     assert!(!bed.run("proxy", "ip link").contains("pistioin"));
-    let old = bed.run("host", "cat /proc/sys/net/ipv4/conf/vproxy/rp_filter");
-    assert_eq!(
-        old.trim(),
-        "0",
-        "the setting of the old proxy's device is put back"
-    );
+    assert!(!bed.succeeds("host", "ip link show istioin"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_starts_again_between_two_proxies_changes_nothing() {
+    let mut bed = Bed::new(IptablesBackend::Nft);
+    bed.pod("next", bed::NEXT_PROXY);
+    let (mut agent, peer) = ready(&bed, 1).await;
+    let next = Peer::connect(&agent.socket, &bed, "next").await;
+    eventually("the next proxy has taken over", || {
+        next.duty() == Duty::Active
+    })
+    .await;
+    agent.until(conditions::READY, "AllReady").await;
+    let before = bed.dump();
+    drop((agent, peer, next));
+
+    let mut agent = Agent::start(&bed, 2_000).await;
+    agent.want(veth(1));
+    // The one that is about to end is the first to come back.
+    let peer = Peer::connect(&agent.socket, &bed, "proxy").await;
+    eventually("it has looked twice", || agent.metrics.waits() > 1).await;
+    let _next = Peer::connect(&agent.socket, &bed, "next").await;
+    agent.until(conditions::READY, "AllReady").await;
+    assert_eq!(agent.counter("changes"), 0);
+    assert_eq!(before, bed.dump());
+    drop(peer);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_that_ends_serves_until_another_does() {
+    let mut bed = Bed::new(IptablesBackend::Nft);
+    bed.pod("next", bed::NEXT_PROXY);
+    let (mut agent, peer) = ready(&bed, 1).await;
+    eventually("the proxy knows its duty", || peer.duty() == Duty::Active).await;
+    peer.end();
+    agent.until(conditions::READY, "AllReady").await;
+    assert_eq!(peer.duty(), Duty::Active);
+    let next = Peer::connect(&agent.socket, &bed, "next").await;
+    eventually("the next proxy has taken over", || {
+        next.duty() == Duty::Active
+    })
+    .await;
+    eventually("the first proxy knows", || peer.duty() == Duty::Standby).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

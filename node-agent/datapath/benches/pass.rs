@@ -22,7 +22,8 @@ use bed::converge::{BACKENDS, kernel};
 use bed::{Bed, dual, input_with, ipv6_of};
 use datapath::facts::{self, Earlier, Interest, Others};
 use datapath::{
-    Datapath, IptablesBackend, Kernel, LinuxKernel, MeshPod, NodeInput, TunnelKind, build, plan,
+    Datapath, IptablesBackend, Kernel, LinuxKernel, MeshPod, NodeInput, Slot, TunnelKind, build,
+    plan,
 };
 
 /// Mesh pods of the node.
@@ -63,7 +64,7 @@ async fn measure(backend: IptablesBackend, is_dual: bool) -> bool {
     let input = |pods| of(pods, is_dual);
     let all = build(&input(PODS));
     let mut kernel = kernel(&bed);
-    kernel.attach(bed.netns("proxy")).unwrap();
+    kernel.attach(Slot::First, bed.netns("proxy")).unwrap();
 
     let started = Instant::now();
     let observed = kernel.observe(&all).await.unwrap();

@@ -11,7 +11,9 @@ use crate::input::{Ends, Pair};
 use crate::kernel::KernelError;
 use crate::kernel::netlink::{self, Netlink, way};
 use crate::kernel::sysctl::{self, SysctlError};
+use crate::names::Names;
 use crate::netns::Netns;
+use crate::slot::Slot;
 
 /// What was found about a proxy's namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,6 +132,20 @@ pub async fn find(
         mtu: netlink::mtu(&link),
         default_rp_filter,
     })
+}
+
+/// The slot that the proxy of a namespace has, going by the devices that an agent made in it.
+///
+/// # Errors
+/// If the namespace cannot be looked at.
+pub async fn slot(proxy: &Netns, names: &Names) -> Result<Option<Slot>, AttachError> {
+    let inside = Netlink::open(proxy).map_err(AttachError::Enter)?;
+    for slot in Slot::BOTH {
+        if !inside.peers(slot, names).await?.is_empty() {
+            return Ok(Some(slot));
+        }
+    }
+    Ok(None)
 }
 
 /// The device of a family's default route in the main table.

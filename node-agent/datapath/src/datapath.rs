@@ -9,14 +9,15 @@ use ipnet::IpNet;
 use crate::family::Family;
 use crate::input::Mark;
 use crate::names::{METRIC_LAST, PROTOCOL};
+use crate::slot::{PerSlot, Slot};
 
-/// What both namespaces of a node hold, or should hold.
+/// What the namespaces of a node hold, or should hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Datapath {
     /// The host's network namespace.
     pub host: BTreeSet<Item>,
-    /// The proxy's network namespace.
-    pub proxy: BTreeSet<Item>,
+    /// The proxies' network namespaces.
+    pub proxies: PerSlot<BTreeSet<Item>>,
 }
 
 /// A network namespace of the node.
@@ -24,8 +25,17 @@ pub struct Datapath {
 pub enum Place {
     /// The host's.
     Host,
-    /// The proxy's.
-    Proxy,
+    /// That of the proxy in a slot.
+    Proxy(Slot),
+}
+
+impl Place {
+    /// All of them.
+    pub const ALL: [Self; 3] = [
+        Self::Host,
+        Self::Proxy(Slot::First),
+        Self::Proxy(Slot::Second),
+    ];
 }
 
 /// One thing that the kernel holds.
@@ -235,7 +245,7 @@ impl Datapath {
     pub fn side(&self, place: Place) -> &BTreeSet<Item> {
         match place {
             Place::Host => &self.host,
-            Place::Proxy => &self.proxy,
+            Place::Proxy(slot) => &self.proxies[slot],
         }
     }
 
@@ -243,7 +253,7 @@ impl Datapath {
     pub fn side_mut(&mut self, place: Place) -> &mut BTreeSet<Item> {
         match place {
             Place::Host => &mut self.host,
-            Place::Proxy => &mut self.proxy,
+            Place::Proxy(slot) => &mut self.proxies[slot],
         }
     }
 }

@@ -9,6 +9,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::family::Family;
 use crate::names::Names;
+use crate::slot::{PerSlot, Slot};
 
 /// Everything [`crate::build()`] needs to know about a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,8 +24,10 @@ pub struct NodeInput {
     pub marks: Marks,
     /// What happens without a proxy.
     pub failure_mode: FailureMode,
-    /// The attached proxy, as long as its network namespace lives.
-    pub proxy: Option<Proxy>,
+    /// The attached proxies, as long as their network namespaces live.
+    pub proxies: PerSlot<Option<Proxy>>,
+    /// The slot whose proxy takes new connections: its listeners are bound.
+    pub serving: Option<Slot>,
     /// Pods whose traffic the proxy is to carry.
     pub pods: Vec<MeshPod>,
     /// Devices of the host that packets of mesh pods come in by.
@@ -42,8 +45,6 @@ pub struct Tunnel {
     pub inbound: TunnelEnd,
     /// From mesh pods.
     pub outbound: TunnelEnd,
-    /// MTU of the devices in bytes.
-    pub mtu: u32,
 }
 
 /// Kind of device.
@@ -156,12 +157,12 @@ pub struct Marks {
     pub outbound: Mark,
     /// Host: route by the main table.
     pub skip: Mark,
-    /// Host: dialled by the proxy from a pod's address; saved in conntrack.
-    pub proxied: Mark,
+    /// Host: dialled by the proxy of a slot from a pod's address; saved in conntrack.
+    pub proxied: PerSlot<Mark>,
     /// Host: the proxy's own traffic.
     pub own: Mark,
-    /// Host: answer to a proxied connection.
-    pub return_: Mark,
+    /// Host: answer to what the proxy of a slot carries.
+    pub return_: PerSlot<Mark>,
     /// Proxy: deliver locally (TPROXY).
     pub tproxy: Mark,
     /// Proxy: deliver locally (answers to transparent sockets).
@@ -202,26 +203,27 @@ impl Marks {
     /// If not, naming the marks as the AmbientNode does.
     pub fn check(&self) -> Result<(), MarksError> {
         let skip = self.skip;
-        for (name, mark) in [("proxied", self.proxied), ("own", self.own)] {
+        let (proxied, return_) = (self.proxied, self.return_);
+        for (name, mark) in [
+            ("proxied", proxied.first),
+            ("proxiedSecond", proxied.second),
+            ("own", self.own),
+        ] {
             if !mark.matches(skip) {
                 return Err(MarksError::LacksSkip { name, mark, skip });
             }
         }
-        let all = [
-            ("outbound", self.outbound),
-            ("skip", skip),
-            ("proxied", self.proxied),
-            ("own", self.own),
-            ("return", self.return_),
-        ];
         // Each of these sends a packet somewhere; `proxied` also marks a whole connection.
         let read = [
             ("outbound", self.outbound),
-            ("return", self.return_),
-            ("proxied", self.proxied),
+            ("return", return_.first),
+            ("returnSecond", return_.second),
+            ("proxied", proxied.first),
+            ("proxiedSecond", proxied.second),
         ];
+        let all = read.into_iter().chain([("skip", skip), ("own", self.own)]);
         for (other_name, other) in read {
-            for (name, mark) in all {
+            for (name, mark) in all.clone() {
                 if name != other_name && mark.matches(other) {
                     return Err(MarksError::Ambiguous {
                         name,
@@ -330,10 +332,10 @@ pub struct Proxy {
     pub host_device: String,
     /// The same device in the proxy's own namespace.
     pub device: String,
+    /// MTU of its tunnels in bytes.
+    pub mtu: u32,
     /// Value of `rp_filter` that devices of the host start with (`conf/default`).
     pub default_rp_filter: String,
-    /// The proxy says that its listeners are bound.
-    pub serving: bool,
 }
 
 /// Addresses of proxy and host towards each other: of one family or of both.
@@ -397,15 +399,28 @@ impl NodeInput {
     /// The families that there is anything to do in: IPv6 once the proxy or a pod has it.
     #[must_use]
     pub fn families(&self) -> Vec<Family> {
-        let of_proxy = self
-            .proxy
-            .as_ref()
-            .is_some_and(|proxy| proxy.ends.of(Family::V6).is_some());
+        let mut proxies = self.proxies.taken();
+        let of_proxy = proxies.any(|(_, proxy)| proxy.ends.of(Family::V6).is_some());
         if of_proxy || self.pods.iter().any(|pod| pod.ip.is_ipv6()) {
             Family::ALL.to_vec()
         } else {
             vec![Family::V4]
         }
+    }
+
+    /// The proxy that takes new connections, and its slot.
+    #[must_use]
+    pub fn serving(&self) -> Option<(Slot, &Proxy)> {
+        let slot = self.serving?;
+        Some((slot, self.proxies[slot].as_ref()?))
+    }
+
+    /// Who answers packets of connections that the proxy of this slot has carried: that proxy, or when
+    /// it is gone the other one, whose kernel knows no such connection and resets it.
+    #[must_use]
+    pub fn answering(&self, slot: Slot) -> Option<&Proxy> {
+        let proxies = &self.proxies;
+        proxies[slot].as_ref().or(proxies[slot.other()].as_ref())
     }
 }
 
@@ -461,9 +476,15 @@ mod tests {
         Marks {
             outbound: mark("0x100/0x100"),
             skip: mark("0x200/0x200"),
-            proxied: mark("0x210/0x210"),
+            proxied: PerSlot {
+                first: mark("0x210/0x210"),
+                second: mark("0x208/0x208"),
+            },
             own: mark("0x220/0x220"),
-            return_: mark("0x40/0x40"),
+            return_: PerSlot {
+                first: mark("0x40/0x40"),
+                second: mark("0x80/0x80"),
+            },
             tproxy: mark("0x400/0xfff"),
             proxy_return: mark("0x4d3/0xfff"),
         }
@@ -483,7 +504,7 @@ mod tests {
             })
         ));
         let mut without_skip = marks();
-        without_skip.proxied = "0x10/0x10".parse().unwrap();
+        without_skip.proxied.first = "0x10/0x10".parse().unwrap();
         assert!(matches!(
             without_skip.check(),
             Err(MarksError::LacksSkip {

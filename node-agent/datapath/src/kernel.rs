@@ -18,19 +18,20 @@ use crate::kernel::netlink::NetlinkError;
 use crate::kernel::sysctl::SysctlError;
 use crate::netns::Netns;
 use crate::plan::{Plan, Step};
+use crate::slot::Slot;
 
 pub use linux::LinuxKernel;
 
 /// Something that holds a data path.
 pub trait Kernel: Send + Sync {
-    /// From now on the proxy's side is this namespace.
+    /// From now on the proxy of this slot is the one in this namespace.
     ///
     /// # Errors
     /// If it cannot be entered; the former one stays.
-    fn attach(&mut self, proxy: Netns) -> Result<(), KernelError>;
+    fn attach(&mut self, slot: Slot, proxy: Netns) -> Result<(), KernelError>;
 
-    /// From now on there is no proxy's side.
-    fn detach(&mut self);
+    /// From now on there is no proxy in this slot.
+    fn detach(&mut self, slot: Slot);
 
     /// What is held of ours. Settings are read only where `interest` names them, and reported where
     /// they have its value.

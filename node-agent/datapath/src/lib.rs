@@ -23,6 +23,7 @@ pub mod names;
 pub mod netns;
 pub mod plan;
 pub mod pod_devices;
+pub mod slot;
 
 pub use build::build;
 pub use datapath::{Datapath, Item, Place};
@@ -30,3 +31,4 @@ pub use family::Family;
 pub use input::{FailureMode, IptablesBackend, Mark, MeshPod, NodeInput, TunnelKind};
 pub use kernel::{Kernel, LinuxKernel};
 pub use plan::{Plan, Step, plan};
+pub use slot::{PerSlot, Slot};

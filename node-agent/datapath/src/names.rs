@@ -2,10 +2,12 @@
 //!
 //! By default they are those of the first Istio Ambient, so that its documents apply.
 
+use std::collections::BTreeSet;
 use std::net::Ipv6Addr;
 use std::ops::RangeInclusive;
 
 use crate::family::Family;
+use crate::slot::Slot;
 
 /// Room of each set in addresses: more than the pods of any node.
 pub const SET_SIZE: u32 = 65536;
@@ -33,9 +35,16 @@ pub const METRIC_IPV6: u32 = 1024;
 /// other route of the table comes first.
 pub const METRIC_LAST: u32 = u32::MAX;
 
-/// Source ports of the proxy's own sockets: below the pods' ephemeral range (32768 and up), so that
-/// a dial from a pod's address never meets the pod's own ports in the host's conntrack.
-pub const PROXY_PORT_RANGE: &str = "16384\t29999";
+/// Source ports of a proxy's own sockets: below the pods' ephemeral range (32768 and up), so that a
+/// dial from a pod's address never meets the pod's own ports in the host's conntrack, nor those of
+/// the node's other proxy.
+#[must_use]
+pub fn proxy_port_range(slot: Slot) -> &'static str {
+    match slot {
+        Slot::First => "16384\t29999",
+        Slot::Second => "2048\t14999",
+    }
+}
 
 /// Link-local addresses of a tunnel's ends, host and proxy. Fixed ones need no duplicate address
 /// detection, which would hold traffic back while it runs.
@@ -59,7 +68,7 @@ const FOREIGN_PREFIXES: [&str; 8] = [
 /// Tables of the kernel's own: default, main, local (ip-route(8)).
 const KERNELS_TABLES: RangeInclusive<u32> = 253..=255;
 /// Number of our tables on the host.
-const TABLES: u32 = 3;
+const TABLES: u32 = 4;
 /// Number of our rules on the host.
 const PRIORITIES: u32 = 6;
 
@@ -88,14 +97,16 @@ pub enum NamesError {
         /// The greatest length.
         longest: usize,
     },
-    /// The two devices have one name.
-    #[error("both tunnels' device is {0:?}: give each a name of its own")]
+    /// Two devices would have one name.
+    #[error(
+        "two devices would be called {0:?}: give both tunnels names that differ in more than a 2 at their end"
+    )]
     SameDevice(String),
     /// Chains of others start like this.
     #[error("chain prefix {0:?}: chains of that start belong to others")]
     ForeignPrefix(String),
     /// There is no room for our tables.
-    #[error("first table {0}: it and the two after it must be greater than 0 and not 253 to 255")]
+    #[error("first table {0}: it and the three after it must be greater than 0 and not 253 to 255")]
     Table(u32),
     /// There is no room for our rules.
     #[error("first priority {0}: it must be between 1 and {max}, before the main table's rule", max = priority::MAIN - PRIORITIES)]
@@ -133,17 +144,21 @@ impl Names {
     /// If no devices can be called so, or both are.
     pub fn with_devices(self, inbound: String, outbound: String) -> Result<Self, NamesError> {
         for device in [&inbound, &outbound] {
-            // One more in the proxy's namespace.
-            check("device", device, LONGEST_DEVICE - 1)?;
+            // One more of the second slot, and one more in the proxy's namespace.
+            check("device", device, LONGEST_DEVICE - 2)?;
         }
-        if inbound == outbound {
-            return Err(NamesError::SameDevice(inbound));
-        }
-        Ok(Self {
+        let names = Self {
             inbound,
             outbound,
             ..self
-        })
+        };
+        let mut taken = BTreeSet::new();
+        for device in Slot::BOTH.into_iter().flat_map(|slot| names.devices(slot)) {
+            if !taken.insert(device.clone()) {
+                return Err(NamesError::SameDevice(device));
+            }
+        }
+        Ok(names)
     }
 
     /// The same with another start of the chains' names.
@@ -166,7 +181,7 @@ impl Names {
         })
     }
 
-    /// The same with other route tables: this one and the two after it.
+    /// The same with other route tables: this one and the three after it.
     ///
     /// # Errors
     /// If one of them is the kernel's.
@@ -208,24 +223,36 @@ impl Names {
         }
     }
 
-    /// Device towards the proxy for traffic to mesh pods.
+    /// Device towards the proxy of a slot for traffic to mesh pods.
     #[must_use]
-    pub fn inbound(&self) -> &str {
-        &self.inbound
+    pub fn inbound(&self, slot: Slot) -> String {
+        of_slot(&self.inbound, slot)
     }
 
-    /// Device towards the proxy for traffic from mesh pods.
+    /// Device towards the proxy of a slot for traffic from mesh pods.
     #[must_use]
-    pub fn outbound(&self) -> &str {
-        &self.outbound
+    pub fn outbound(&self, slot: Slot) -> String {
+        of_slot(&self.outbound, slot)
     }
 
-    /// Whether a device of the host or of the proxy has one of our names.
+    /// The devices towards the proxy of a slot.
+    #[must_use]
+    pub fn devices(&self, slot: Slot) -> [String; 2] {
+        [self.inbound(slot), self.outbound(slot)]
+    }
+
+    /// The slot whose proxy a device of the host leads to, if it has one of our names.
+    #[must_use]
+    pub fn slot_of(&self, device: &str) -> Option<Slot> {
+        let is_of = |slot: &Slot| self.devices(*slot).iter().any(|ours| ours == device);
+        Slot::BOTH.into_iter().find(is_of)
+    }
+
+    /// Whether a device of the host or of a proxy has one of our names.
     #[must_use]
     pub fn is_device(&self, name: &str) -> bool {
-        [self.inbound(), self.outbound()]
-            .iter()
-            .any(|ours| name == *ours || name == peer(ours))
+        let mut ours = Slot::BOTH.into_iter().flat_map(|slot| self.devices(slot));
+        ours.any(|ours| name == ours || name == peer(&ours))
     }
 
     /// Start of our chains' names, in both namespaces. The built-in chain's name follows.
@@ -263,10 +290,13 @@ impl Names {
         self.first_table + 1
     }
 
-    /// Route table of answers to what the proxy dialled.
+    /// Route table of answers to what the proxy of a slot dialled.
     #[must_use]
-    pub fn table_return(&self) -> u32 {
-        self.first_table + 2
+    pub fn table_return(&self, slot: Slot) -> u32 {
+        match slot {
+            Slot::First => self.first_table + 2,
+            Slot::Second => self.first_table + 3,
+        }
     }
 
     /// Our route tables on the host.
@@ -292,7 +322,7 @@ impl Names {
         self.first_priority + 1
     }
 
-    /// Priority: what carries the return mark goes back to the proxy.
+    /// Priority: what carries the return mark of a slot goes back to its proxy; two rules.
     #[must_use]
     pub fn priority_return(&self) -> u32 {
         self.first_priority + 2
@@ -329,6 +359,13 @@ pub fn peer(device: &str) -> String {
     format!("p{device}")
 }
 
+fn of_slot(device: &str, slot: Slot) -> String {
+    match slot {
+        Slot::First => device.to_owned(),
+        Slot::Second => format!("{device}2"),
+    }
+}
+
 fn is_foreign(prefix: &str) -> bool {
     FOREIGN_PREFIXES
         .iter()
@@ -363,7 +400,11 @@ mod tests {
             names().with_devices(text("in0"), text("in0")),
             Err(NamesError::SameDevice(text("in0")))
         );
-        assert!(names().with_devices("d".repeat(15), text("out0")).is_err());
+        assert_eq!(
+            names().with_devices(text("in"), text("in2")),
+            Err(NamesError::SameDevice(text("in2")))
+        );
+        assert!(names().with_devices("d".repeat(14), text("out0")).is_err());
         assert!(names().with_chain_prefix(text("mesh2-")).is_ok());
         assert_eq!(
             names().with_chain_prefix(text("KUBE-")),
@@ -371,7 +412,7 @@ mod tests {
         );
         assert!(names().with_chain_prefix(text("")).is_err());
         assert!(names().with_first_table(1100).is_ok());
-        for table in [0, 251, 255, u32::MAX] {
+        for table in [0, 250, 255, u32::MAX] {
             assert_eq!(
                 names().with_first_table(table),
                 Err(NamesError::Table(table))
@@ -397,7 +438,9 @@ mod tests {
             assert!(!names.is_neighbour(other, "INPUT"), "{other}");
         }
         assert!(names.is_device("pistioin") && !names.is_device("istioin0"));
-        assert!(names.is_table(102) && !names.is_table(103));
+        assert_eq!(names.slot_of("istioout2"), Some(Slot::Second));
+        assert_eq!(names.slot_of("pistioout2"), None);
+        assert!(names.is_table(103) && !names.is_table(104));
         assert!(names.is_priority(105) && !names.is_priority(106));
     }
 }

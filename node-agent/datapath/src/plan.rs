@@ -4,8 +4,9 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use crate::datapath::{Datapath, Item, Place, Route, Target};
+use crate::datapath::{Datapath, Item, Link, Place, Route, Target};
 use crate::names::peer;
+use crate::slot::Slot;
 
 /// Steps, in order. Empty when nothing is to be done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -75,7 +76,8 @@ impl Plan {
 /// 2. Without a proxy to send to, the routes to it go, so that the unreachable ones below them count.
 /// 3. Devices of the proxy's side that stand in the way of others go.
 /// 4. Devices, the proxy's side, unreachable routes, rules and chains are made; only then the routes
-///    to the proxy (its own dials must be told apart by then), and last the members of the set.
+///    to the proxy (its own dials must be told apart by then, and the way back to it must lead to it),
+///    and last the members of the set.
 /// 5. What is left over goes in the opposite order.
 #[must_use]
 pub fn plan(desired: &Datapath, observed: &Datapath) -> Plan {
@@ -88,12 +90,19 @@ pub fn plan(desired: &Datapath, observed: &Datapath) -> Plan {
     }
     let mut observed = without_lost(desired, &left);
     // The proxy's end of a veth pair is made with the host's, and needs its name to be free.
-    let in_the_way =
-        |item: &Item| is_link(item) && !desired.proxy.iter().any(|new| new.replaces(item));
-    remove_early(Place::Proxy, in_the_way, desired, &mut observed, &mut steps);
+    for slot in Slot::BOTH {
+        let wanted = &desired.proxies[slot];
+        let in_the_way =
+            |item: &Item| is_link(item) && !wanted.iter().any(|new| new.replaces(item));
+        let place = Place::Proxy(slot);
+        remove_early(place, in_the_way, desired, &mut observed, &mut steps);
+    }
     // The host's links come before the proxy's side: one end of a veth pair makes the other.
     additions(Place::Host, desired, &observed, is_link, &mut steps);
-    additions(Place::Proxy, desired, &observed, |_| true, &mut steps);
+    for slot in Slot::BOTH {
+        let place = Place::Proxy(slot);
+        additions(place, desired, &observed, |_| true, &mut steps);
+    }
     additions(
         Place::Host,
         desired,
@@ -101,7 +110,7 @@ pub fn plan(desired: &Datapath, observed: &Datapath) -> Plan {
         |item| !is_link(item),
         &mut steps,
     );
-    for place in [Place::Host, Place::Proxy] {
+    for place in Place::ALL {
         removals(place, desired, &observed, &mut steps);
     }
     Plan { steps }
@@ -150,8 +159,10 @@ fn rank(item: &Item) -> u8 {
         Item::Rule(_) => 5,
         Item::Set(_) => 6,
         Item::Chains(_) => 7,
-        Item::Route(_) => 8,
-        Item::Member(_) => 9,
+        // The way back first: what a proxy is handed it answers at once.
+        Item::Route(route) if !route.leads_into_a_tunnel() => 8,
+        Item::Route(_) => 9,
+        Item::Member(_) => 10,
     }
 }
 
@@ -160,7 +171,7 @@ fn rank(item: &Item) -> u8 {
 fn removal_rank(item: &Item) -> u8 {
     match item {
         Item::Route(route) if refuses(route) && route.pod().is_some() => 0,
-        other => 10 - rank(other),
+        other => 11 - rank(other),
     }
 }
 
@@ -176,7 +187,7 @@ fn is_link(item: &Item) -> bool {
 /// on a device together with it.
 fn without_lost(desired: &Datapath, observed: &Datapath) -> Datapath {
     let mut left = observed.clone();
-    for place in [Place::Host, Place::Proxy] {
+    for place in Place::ALL {
         let kept: BTreeSet<&str> = links(desired.side(place).intersection(observed.side(place)));
         let lost: BTreeSet<&str> = links(observed.side(place))
             .difference(&kept)
@@ -186,9 +197,16 @@ fn without_lost(desired: &Datapath, observed: &Datapath) -> Datapath {
         left.side_mut(place).retain(|item| !on_lost(item));
         // The other end of a lost veth pair goes with it.
         if place == Place::Host {
-            let peers: BTreeSet<String> = lost.iter().map(|name| peer(name)).collect();
-            left.proxy
-                .retain(|item| !item.device().is_some_and(|device| peers.contains(device)));
+            let pairs = observed.host.iter().filter_map(|item| match item {
+                Item::Link(Link::Veth { name, .. }) => Some(name.as_str()),
+                _ => None,
+            });
+            let peers: BTreeSet<String> =
+                pairs.filter(|name| lost.contains(name)).map(peer).collect();
+            let on_peer = |item: &Item| item.device().is_some_and(|device| peers.contains(device));
+            for slot in Slot::BOTH {
+                left.proxies[slot].retain(|item| !on_peer(item));
+            }
         }
     }
     left
@@ -263,7 +281,8 @@ impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let place = match self.place {
             Place::Host => "host ",
-            Place::Proxy => "proxy",
+            Place::Proxy(Slot::First) => "proxy",
+            Place::Proxy(Slot::Second) => "next ",
         };
         match &self.change {
             Change::Add(item) => write!(f, "{place} + {item}"),

@@ -3,7 +3,7 @@
 
 mod bed;
 
-use bed::{dual, input, replaced};
+use bed::{dual, input, replaced, set_mtu, succeeded, with_successor};
 use datapath::datapath::{Datapath, Item, Link};
 use datapath::{FailureMode, NodeInput, TunnelKind, build, plan};
 
@@ -26,7 +26,7 @@ fn between(from: &NodeInput, to: &NodeInput) -> String {
 #[test]
 fn golden_no_proxy_yet() {
     let mut input = input(0);
-    input.proxy = None;
+    input.proxies.first = None;
     shown("no_proxy_yet", &from_nothing(&input));
 }
 
@@ -39,7 +39,7 @@ fn golden_no_pods() {
 fn golden_no_pods_geneve() {
     let mut input = input(0);
     input.tunnel.kind = TunnelKind::Geneve;
-    input.tunnel.mtu = 1450;
+    set_mtu(&mut input, 1450);
     shown("no_pods_geneve", &from_nothing(&input));
 }
 
@@ -61,14 +61,14 @@ fn golden_pod_gone() {
 #[test]
 fn golden_proxy_gone_closed() {
     let mut gone = input(1);
-    gone.proxy = None;
+    gone.proxies.first = None;
     shown("proxy_gone_closed", &between(&input(1), &gone));
 }
 
 #[test]
 fn golden_proxy_gone_open() {
     let mut gone = input(1);
-    gone.proxy = None;
+    gone.proxies.first = None;
     gone.failure_mode = FailureMode::Open;
     shown("proxy_gone_open", &between(&input(1), &gone));
 }
@@ -76,9 +76,7 @@ fn golden_proxy_gone_open() {
 #[test]
 fn golden_proxy_restarts_in_its_pod() {
     let mut restarting = input(1);
-    if let Some(proxy) = &mut restarting.proxy {
-        proxy.serving = false;
-    }
+    restarting.serving = None;
     let (stops, starts) = (
         between(&input(1), &restarting),
         between(&restarting, &input(1)),
@@ -91,9 +89,23 @@ fn golden_proxy_restarts_in_its_pod() {
 
 #[test]
 fn golden_proxy_replaced() {
-    let new = replaced(input(1));
+    let both = with_successor(input(1));
+    let (comes, goes) = (
+        between(&input(1), &both),
+        between(&both, &succeeded(input(1))),
+    );
     shown(
         "proxy_replaced",
+        &format!("the next one comes:\n{comes}the old one goes:\n{goes}"),
+    );
+}
+
+/// Its namespace was gone before another came.
+#[test]
+fn golden_proxy_lost_and_replaced() {
+    let new = replaced(input(1));
+    shown(
+        "proxy_lost_and_replaced",
         &plan(&build(&new), &seen_from_new_proxy(&input(1))).to_string(),
     );
 }
@@ -102,7 +114,7 @@ fn golden_proxy_replaced() {
 /// elsewhere.
 fn seen_from_new_proxy(old: &NodeInput) -> Datapath {
     let mut seen = build(old);
-    seen.proxy.clear();
+    seen.proxies.first.clear();
     seen.host = seen
         .host
         .into_iter()

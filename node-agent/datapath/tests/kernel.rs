@@ -10,11 +10,11 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use bed::converge::{BACKENDS, attached, converge, kernel};
-use bed::{Bed, HOST, PODS, PROXY, dual, input_with, ipv6_of, ipv6_only};
+use bed::{Bed, HOST, PODS, PROXY, dual, input_with, ipv6_of, ipv6_only, set_mtu};
 use datapath::names::Names;
 use datapath::{
-    Datapath, FailureMode, Family, IptablesBackend, Kernel, MeshPod, NodeInput, TunnelKind, build,
-    plan,
+    Datapath, FailureMode, Family, IptablesBackend, Kernel, MeshPod, NodeInput, Slot, TunnelKind,
+    build, plan,
 };
 
 #[tokio::test]
@@ -185,7 +185,7 @@ async fn closed_without_a_proxy(kind: TunnelKind) {
     let bed = Bed::new(IptablesBackend::Nft);
     let mut gone = input_with(kind, 2);
     let kernel = attached(&bed, &gone).await;
-    gone.proxy = None;
+    gone.proxies.first = None;
     converge(&kernel, &build(&gone), &build(&gone)).await;
     for (table, expected) in [
         ("101", "unreachable default"),
@@ -222,7 +222,7 @@ async fn open_without_a_proxy(kind: TunnelKind) {
     let bed = Bed::new(IptablesBackend::Nft);
     let mut gone = input_with(kind, 2);
     let kernel = attached(&bed, &gone).await;
-    gone.proxy = None;
+    gone.proxies.first = None;
     gone.failure_mode = FailureMode::Open;
     converge(&kernel, &build(&gone), &build(&gone)).await;
     assert!(
@@ -250,7 +250,7 @@ async fn a_proxys_namespace_is_found_from_both_sides() {
         (found.device.as_str(), found.host_device.as_str()),
         ("eth0", "vproxy")
     );
-    let ends = input_with(TunnelKind::Veth, 0).proxy.unwrap().ends;
+    let ends = input_with(TunnelKind::Veth, 0).proxies.first.unwrap().ends;
     assert_eq!(found.ends, ends);
 }
 
@@ -266,7 +266,7 @@ async fn geneve_is_made_where_the_kernel_has_it_and_named_where_not() {
     .unwrap();
     let geneve = input_with(TunnelKind::Geneve, 1);
     let mut kernel = kernel(&bed);
-    kernel.attach(bed.netns("proxy")).unwrap();
+    kernel.attach(Slot::First, bed.netns("proxy")).unwrap();
     let desired = build(&geneve);
     if facts.geneve {
         converge(&kernel, &desired, &desired).await;
@@ -295,7 +295,7 @@ async fn geneve_devices_are_those_of_the_configuration_on_both_ends() {
 
     let before = build(&input);
     input.tunnel.port = 6082;
-    input.tunnel.mtu = 1400;
+    set_mtu(&mut input, 1400);
     input.tunnel.inbound.vni = 2000;
     input.tunnel.outbound.vni = 2001;
     converge(&kernel, &build(&input), &before).await;
@@ -306,6 +306,7 @@ async fn geneve_devices_are_those_of_the_configuration_on_both_ends() {
 fn assert_geneve(bed: &Bed, input: &NodeInput) {
     let tunnel = &input.tunnel;
     let (proxy, host) = (PROXY.to_string(), HOST.to_owned());
+    let mtu = input.proxies.first.as_ref().unwrap().mtu;
     for (netns, device, vni, remote) in [
         ("host", "istioin", tunnel.inbound.vni, &proxy),
         ("host", "istioout", tunnel.outbound.vni, &proxy),
@@ -314,7 +315,7 @@ fn assert_geneve(bed: &Bed, input: &NodeInput) {
     ] {
         let shown = bed.run(netns, &format!("ip -d link show {device}"));
         for words in [
-            format!("mtu {} ", tunnel.mtu),
+            format!("mtu {mtu} "),
             format!("geneve id {vni} remote {remote} "),
             format!("dstport {} ", tunnel.port),
             "UP".to_owned(),
@@ -393,7 +394,7 @@ async fn ipv6_only_connections_meet_the_proxy(kind: TunnelKind) {
         let mut input = ipv6_only(input_with(kind, 1));
         if kind == TunnelKind::Geneve {
             // The outer header of IPv6 is 20 bytes longer.
-            input.tunnel.mtu = 1430;
+            set_mtu(&mut input, 1430);
         }
         attached(&bed, &input).await;
         if kind == TunnelKind::Geneve {

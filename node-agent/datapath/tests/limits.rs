@@ -11,7 +11,7 @@ use datapath::attachment::{self, AttachError};
 use datapath::facts::lack::{self, Lack};
 use datapath::facts::{self, Earlier, Interest, Obstacle, Others};
 use datapath::names::Names;
-use datapath::{Datapath, IptablesBackend, Kernel, NodeInput, TunnelKind, build, plan};
+use datapath::{Datapath, IptablesBackend, Kernel, NodeInput, Slot, TunnelKind, build, plan};
 
 const BACKENDS: [(IptablesBackend, &str); 2] = [
     (IptablesBackend::Nft, "nft"),
@@ -161,7 +161,7 @@ fn bind() -> UdpSocket {
 /// What the kernel lacks for the data path, as it says itself.
 async fn refused(bed: &Bed, input: &NodeInput) -> Option<Lack> {
     let mut kernel = kernel(bed);
-    kernel.attach(bed.netns("proxy")).unwrap();
+    kernel.attach(Slot::First, bed.netns("proxy")).unwrap();
     let desired = build(input);
     let observed = kernel.observe(&desired).await.unwrap();
     let error = kernel.apply(&plan(&desired, &observed)).await.unwrap_err();

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use bed::converge::attached;
-use bed::{Bed, PODS, dual, input_with, ipv6_of};
+use bed::{Bed, PODS, dual, input_with, ipv6_of, set_mtu};
 use datapath::{Family, IptablesBackend, TunnelKind};
 
 /// What the pods' devices may have: Ethernet's, less that of a tunnel, jumbo frames.
@@ -42,7 +42,7 @@ async fn arrive_whole(kind: TunnelKind, overhead: u32) {
             bed.run("host", &format!("ip link set {device} mtu {mtu}"));
         }
         let mut input = dual(input_with(kind, 1));
-        input.tunnel.mtu = mtu - overhead;
+        set_mtu(&mut input, mtu - overhead);
         attached(&bed, &input).await;
         for (netns, device) in [
             ("host", "istioin"),

@@ -8,7 +8,7 @@ use bed::converge::{BACKENDS, attached, converge, kernel_of};
 use bed::{Bed, dual, input_with, replaced};
 use datapath::input::TunnelEnd;
 use datapath::names::Names;
-use datapath::{Datapath, Kernel, NodeInput, TunnelKind, build, plan};
+use datapath::{Datapath, Kernel, NodeInput, Slot, TunnelKind, build, plan};
 
 /// The neighbour: another proxy, other pods' addresses in other sets, other marks.
 fn neighbour(kind: TunnelKind) -> NodeInput {
@@ -28,9 +28,11 @@ fn neighbour(kind: TunnelKind) -> NodeInput {
     let mark = |text: &str| text.parse().unwrap();
     input.marks.outbound = mark("0x10000/0x10000");
     input.marks.skip = mark("0x20000/0x20000");
-    input.marks.proxied = mark("0x120000/0x120000");
+    input.marks.proxied.first = mark("0x120000/0x120000");
+    input.marks.proxied.second = mark("0x220000/0x220000");
     input.marks.own = mark("0x60000/0x60000");
-    input.marks.return_ = mark("0x80000/0x80000");
+    input.marks.return_.first = mark("0x80000/0x80000");
+    input.marks.return_.second = mark("0x400000/0x400000");
     input.marks.check().unwrap();
     input
 }
@@ -56,7 +58,7 @@ async fn stand_side_by_side(kind: TunnelKind) {
 
         let second = neighbour(kind);
         let mut other = kernel_of(&bed, second.names.clone());
-        other.attach(bed.netns("next")).unwrap();
+        other.attach(Slot::First, bed.netns("next")).unwrap();
         let wanted = build(&second);
         converge(&other, &wanted, &wanted).await;
         for (tool, ours) in [

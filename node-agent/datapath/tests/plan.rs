@@ -7,13 +7,14 @@ mod bed;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 
-use bed::{dual, input};
+use bed::{dual, input, set_mtu, succeeded, with_successor};
 use datapath::datapath::{Member, Route, Rule, Table};
 use datapath::kernel::recorded::{RecordedKernel, take};
 use datapath::names::Names;
 use datapath::netns::Netns;
 use datapath::{
-    Datapath, FailureMode, Family, Item, Kernel, MeshPod, NodeInput, Place, TunnelKind, build, plan,
+    Datapath, FailureMode, Family, Item, Kernel, MeshPod, NodeInput, PerSlot, Place, Slot,
+    TunnelKind, build, plan,
 };
 use proptest::prelude::*;
 
@@ -21,7 +22,7 @@ use proptest::prelude::*;
 fn any_input() -> impl Strategy<Value = NodeInput> {
     let pods = prop::collection::btree_set(4u8..12, 0..5);
     let flags = (any::<bool>(), any::<bool>(), any::<bool>());
-    (pods, 0..3u8, flags, 0..2u16).prop_map(|(pods, proxy, (geneve, closed, both), other)| {
+    (pods, 0..5u8, flags, 0..2u16).prop_map(|(pods, proxy, (geneve, closed, both), other)| {
         let mut input = input(0);
         input.pods = pods.into_iter().map(pod).collect();
         input.failure_mode = if closed {
@@ -32,15 +33,17 @@ fn any_input() -> impl Strategy<Value = NodeInput> {
         if geneve {
             input.tunnel.kind = TunnelKind::Geneve;
         }
-        input.tunnel.mtu -= u32::from(other) * 100;
+        set_mtu(&mut input, 1500 - u32::from(other) * 100);
         input.ports.outbound += other;
         if other > 0 {
             input.marks.outbound = "0x800/0x800".parse().unwrap();
         }
         match proxy {
-            0 => input.proxy = None,
-            1 => input.proxy.as_mut().unwrap().serving = false,
-            _ => {}
+            0 => input.proxies.first = None,
+            1 => input.serving = None,
+            2 => {}
+            3 => input = with_successor(input),
+            _ => input = succeeded(input),
         }
         if both { dual(input) } else { input }
     })
@@ -56,7 +59,7 @@ fn pod(last: u8) -> MeshPod {
 fn any_observed() -> impl Strategy<Value = Datapath> {
     (any_input(), any_input(), any::<u64>(), any::<u64>()).prop_map(|(one, other, kept, left)| {
         let mut seen = Datapath::default();
-        for place in [Place::Host, Place::Proxy] {
+        for place in Place::ALL {
             let part = |datapath: &Datapath, bits: u64| -> Vec<Item> {
                 let items = datapath.side(place).iter().enumerate();
                 items
@@ -80,7 +83,9 @@ fn any_observed() -> impl Strategy<Value = Datapath> {
 
 fn holding(observed: &Datapath) -> RecordedKernel {
     let mut kernel = RecordedKernel::holding(observed.clone());
-    kernel.attach(Netns::own()).unwrap();
+    for slot in Slot::BOTH {
+        kernel.attach(slot, Netns::own()).unwrap();
+    }
     kernel
 }
 
@@ -88,7 +93,20 @@ fn holding(observed: &Datapath) -> RecordedKernel {
 fn both(one: &Datapath, other: &Datapath) -> Datapath {
     Datapath {
         host: one.host.union(&other.host).cloned().collect(),
-        proxy: one.proxy.union(&other.proxy).cloned().collect(),
+        proxies: PerSlot {
+            first: one
+                .proxies
+                .first
+                .union(&other.proxies.first)
+                .cloned()
+                .collect(),
+            second: one
+                .proxies
+                .second
+                .union(&other.proxies.second)
+                .cloned()
+                .collect(),
+        },
     }
 }
 
@@ -148,7 +166,7 @@ proptest! {
         let seen = run(kernel.observe(&interest)).unwrap();
         let again = plan(&desired, &seen);
         prop_assert!(again.is_empty(), "there is still to do\n{again}");
-        for place in [Place::Host, Place::Proxy] {
+        for place in Place::ALL {
             let missing: Vec<&Item> = desired.side(place).difference(seen.side(place)).collect();
             prop_assert!(missing.is_empty(), "{place:?} lacks {missing:?}");
         }
@@ -197,6 +215,7 @@ proptest! {
     #[test]
     fn routes_to_the_proxy_come_after_the_chains_and_the_devices(to in any_input()) {
         let mut state = Datapath::default();
+        let slot = to.serving.unwrap_or(Slot::First);
         for step in plan(&build(&to), &Datapath::default()).steps {
             let Some(Item::Route(route)) = step.change.ends().1.cloned() else {
                 take(&mut state, &step);
@@ -204,7 +223,7 @@ proptest! {
             };
             if step.place == Place::Host && route.leads_into_a_tunnel() {
                 let chains = |side: &BTreeSet<Item>| side.iter().any(|item| matches!(item, Item::Chains(chains) if chains.table == Table::Mangle));
-                prop_assert!(chains(&state.host) && chains(&state.proxy), "{step} comes too early");
+                prop_assert!(chains(&state.host) && chains(&state.proxies[slot]), "{step} comes too early");
                 prop_assert!(state.host.iter().any(|item| matches!(item, Item::Link(_))));
             }
             take(&mut state, &step);

@@ -7,8 +7,8 @@
 mod bed;
 
 use bed::converge::{BACKENDS, attached, converge};
-use bed::{Bed, NEXT_PROXY, dual, input_with, replaced};
-use datapath::{Kernel, TunnelKind, build};
+use bed::{Bed, NEXT_PROXY, dual, input_with, succeeded, with_successor};
+use datapath::{Kernel, Slot, TunnelKind, build};
 
 /// The name and the text of a list, which goes with the program: the guest has no other files.
 macro_rules! list {
@@ -66,13 +66,23 @@ async fn geneve_state_after_a_pod_has_gone() {
 
 #[tokio::test]
 async fn state_with_another_proxy() {
-    proxy_replaced(TunnelKind::Veth, list!("veth", "proxy_replaced")).await;
+    proxy_replaced(
+        TunnelKind::Veth,
+        list!("veth", "two_proxies"),
+        list!("veth", "proxy_replaced"),
+    )
+    .await;
 }
 
 #[tokio::test]
 #[ignore = "needs a kernel with geneve: ring 5"]
 async fn geneve_state_with_another_proxy() {
-    proxy_replaced(TunnelKind::Geneve, list!("geneve", "proxy_replaced")).await;
+    proxy_replaced(
+        TunnelKind::Geneve,
+        list!("geneve", "two_proxies"),
+        list!("geneve", "proxy_replaced"),
+    )
+    .await;
 }
 
 #[tokio::test]
@@ -118,17 +128,18 @@ async fn pod_gone(kind: TunnelKind, list: List) {
     }
 }
 
-async fn proxy_replaced(kind: TunnelKind, list: List) {
+async fn proxy_replaced(kind: TunnelKind, both_list: List, list: List) {
     for backend in BACKENDS {
         let mut bed = Bed::new(backend);
         let before = input_with(kind, 1);
         let mut kernel = attached(&bed, &before).await;
-        let after = replaced(before.clone());
+        let (both, after) = (with_successor(before.clone()), succeeded(before.clone()));
         bed.pod("next", NEXT_PROXY);
-        kernel.attach(bed.netns("next")).unwrap();
-        let mut interest = build(&after);
-        interest.host.extend(build(&before).host);
-        converge(&kernel, &build(&after), &interest).await;
+        kernel.attach(Slot::Second, bed.netns("next")).unwrap();
+        converge(&kernel, &build(&both), &build(&both)).await;
+        assert_list(&bed.state(&["host", "proxy", "next"]), both_list);
+        kernel.detach(Slot::First);
+        converge(&kernel, &build(&after), &build(&both)).await;
         assert_list(&bed.state(&["host", "next"]), list);
     }
 }

@@ -107,6 +107,13 @@ impl Metrics {
         self.open.load(Ordering::Relaxed)
     }
 
+    /// Connections that have been opened.
+    pub(crate) fn opened_so_far(&self) -> u64 {
+        let series = self.series.read().unwrap_or_else(PoisonError::into_inner);
+        let opened = series.values().map(|counters| &counters.opened);
+        opened.map(|opened| opened.load(Ordering::Relaxed)).sum()
+    }
+
     fn counters(&self, labels: Labels) -> Arc<Counters> {
         let series = self.series.read().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = series.get(&labels) {

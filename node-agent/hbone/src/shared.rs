@@ -140,6 +140,12 @@ impl Shared {
         self.metrics.open()
     }
 
+    /// Number of connections of pods that have been opened.
+    #[must_use]
+    pub fn opened(&self) -> u64 {
+        self.metrics.opened_so_far()
+    }
+
     /// Number of open connections to other proxies.
     #[must_use]
     pub fn tunnels(&self) -> usize {

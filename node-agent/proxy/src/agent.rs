@@ -33,7 +33,7 @@ use tokio_util::codec::{Framed, LengthDelimitedCodec};
 use configuration::Configuration;
 
 use crate::signer::Signer;
-use crate::status::Status;
+use crate::status::{Phase, Status};
 
 /// Largest message of the agent in bytes: some hundred thousand pods.
 const LARGEST_MESSAGE: usize = 16 << 20;
@@ -113,6 +113,7 @@ impl Agent {
         let mut messages = Framed::new(stream, codec);
         let mut certificates = self.shared.certificates.changes();
         let mut discovered = self.shared.discovered();
+        let mut phase = self.status.phase.subscribe();
         let mut look = tokio::time::interval(LOOK_EVERY);
         let mut reported: Option<Report> = None;
         let mut configured = false;
@@ -128,14 +129,11 @@ impl Agent {
                         reported = None;
                     }
                 }
-                // These two can only end together with the process.
+                // These three can only end together with the process.
                 _ = certificates.changed() => {}
                 _ = discovered.changed() => {}
-                _ = look.tick() => {
-                    if let Some(applied) = applied {
-                        self.listen_again(applied);
-                    }
-                }
+                _ = phase.changed() => self.listen_again(applied),
+                _ = look.tick() => self.listen_again(applied),
             }
             let Some(applied) = applied.as_ref().filter(|_| configured) else {
                 continue;
@@ -169,6 +167,9 @@ impl Agent {
         self.shared
             .set_local_by_tunnel(configuration.local_by_tunnel);
         self.shared.sweep();
+        if let Some(active) = configuration.active {
+            self.status.active.send_replace(active);
+        }
         let listeners = self.listen(&configuration);
         Applied {
             configuration,
@@ -184,9 +185,12 @@ impl Agent {
     }
 
     /// Tries ports again that were taken, and says when all are closed for good.
-    fn listen_again(&self, applied: &mut Applied) {
-        let ending = self.status.draining.load(Ordering::Relaxed);
-        if ending || applied.listeners.values().any(Result::is_err) {
+    fn listen_again(&self, applied: &mut Option<Applied>) {
+        let Some(applied) = applied else {
+            return;
+        };
+        let closed = *self.status.phase.borrow() == Phase::Draining;
+        if closed || applied.listeners.values().any(Result::is_err) {
             applied.listeners = self.listen(&applied.configuration);
         }
     }
@@ -194,17 +198,19 @@ impl Agent {
     fn report(&self, applied: &Applied) -> Report {
         let states = self.shared.certificates.states();
         let discovered = *self.shared.discovered().borrow();
+        let ending = *self.status.phase.borrow() != Phase::Serving;
         let Applied {
             configuration,
             listeners,
         } = applied;
-        report::build(
+        let report = report::build(
             configuration,
             listeners,
             &states,
             discovered,
             SystemTime::now(),
-        )
+        );
+        Report { ending, ..report }
     }
 }
 

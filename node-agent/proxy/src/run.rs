@@ -2,9 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use axum::Router;
@@ -23,10 +22,12 @@ use crate::discovery::{self, Discovery};
 use crate::health::{self, OwnMetrics};
 use crate::log::Levels;
 use crate::signer::Signer;
-use crate::status::Status;
+use crate::status::{Phase, Status};
 
 /// How often unused tunnels are closed and our own addresses are read.
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
+/// After how long without a connection nobody misses a proxy that ends.
+const IDLE: Duration = Duration::from_secs(1);
 
 /// Runs the proxy until it is told to end.
 pub(crate) fn run(args: Args, levels: Levels) -> anyhow::Result<()> {
@@ -70,13 +71,22 @@ async fn serve(args: Args, levels: Levels) -> anyhow::Result<()> {
     tokio::spawn(keep_tidy(shared.clone(), args.pod_ip));
     let control_plane = control_plane(&args);
     tokio::spawn(discovery(&args, &control_plane, &shared, &status).run());
-    tokio::spawn(agent(&args, control_plane, shared, server.clone(), &status).run());
+    tokio::spawn(
+        agent(
+            &args,
+            control_plane,
+            shared.clone(),
+            server.clone(),
+            &status,
+        )
+        .run(),
+    );
 
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    drain(&args, &server, &status).await;
+    end(&args, &shared, &server, &status).await;
     Ok(())
 }
 
@@ -167,12 +177,45 @@ fn own_addresses(pod_ip: IpAddr) -> Vec<IpAddr> {
     own.into_iter().collect()
 }
 
-async fn drain(args: &Args, server: &Server, status: &Status) {
-    status.draining.store(true, Ordering::Relaxed);
+/// Hands over to the node's next proxy, if there is one, and lets what is open come to its end.
+async fn end(args: &Args, shared: &Shared, server: &Server, status: &Status) {
     let limit = args.drain_seconds;
-    tracing::info!(?limit, "draining");
-    match server.drain(limit).await {
+    let end = Instant::now() + limit;
+    tracing::info!(?limit, "ending");
+    status.phase.send_replace(Phase::Ending);
+    let why = hand_over(shared, status, limit).await;
+    tracing::info!(why, "draining");
+    status.phase.send_replace(Phase::Draining);
+    match server
+        .drain(end.saturating_duration_since(Instant::now()))
+        .await
+    {
         0 => tracing::info!("drained"),
         open => tracing::warn!(open, "connections are cut: they took too long"),
+    }
+}
+
+/// Goes on taking connections, for without a successor they would be refused. Says why it ended.
+async fn hand_over(shared: &Shared, status: &Status, limit: Duration) -> &'static str {
+    let mut active = status.active.subscribe();
+    tokio::select! {
+        _ = active.wait_for(|active| !active) => "new connections go to another proxy",
+        () = idle(shared) => "no connection is open",
+        // The rest is for those that are open.
+        () = tokio::time::sleep(limit * 3 / 4) => "no other proxy has come",
+    }
+}
+
+/// Until no connection has been open, or has been opened, for some time.
+async fn idle(shared: &Shared) {
+    let mut every = tokio::time::interval(IDLE);
+    let mut before = None;
+    loop {
+        every.tick().await;
+        let now = (shared.connections(), shared.opened());
+        if now.0 == 0 && before == Some(now) {
+            return;
+        }
+        before = Some(now);
     }
 }

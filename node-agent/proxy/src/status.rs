@@ -4,6 +4,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use hbone::Shared;
+use tokio::sync::watch;
+
+/// Where the proxy is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Phase {
+    /// It takes connections.
+    Serving,
+    /// It was told to end, and takes connections until another proxy does.
+    Ending,
+    /// It takes no more.
+    Draining,
+}
 
 /// What the parts tell about themselves.
 #[derive(Debug)]
@@ -15,8 +27,9 @@ pub(crate) struct Status {
     pub(crate) listening: AtomicBool,
     /// Whether discovery is connected now.
     pub(crate) discovery: AtomicBool,
-    /// Whether the proxy is about to end.
-    pub(crate) draining: AtomicBool,
+    /// Whether the node's new connections come to this proxy, as the agent said last.
+    pub(crate) active: watch::Sender<bool>,
+    pub(crate) phase: watch::Sender<Phase>,
 }
 
 impl Status {
@@ -26,7 +39,8 @@ impl Status {
             configured: AtomicBool::new(false),
             listening: AtomicBool::new(false),
             discovery: AtomicBool::new(false),
-            draining: AtomicBool::new(false),
+            active: watch::Sender::new(false),
+            phase: watch::Sender::new(Phase::Serving),
         })
     }
 
@@ -38,7 +52,14 @@ impl Status {
             (is(&self.configured), "the node's agent is not connected"),
             (is(&self.listening), "not every listener is bound"),
             (discovered, "nothing was received from the controller yet"),
-            (!is(&self.draining), "the proxy is ending"),
+            (
+                *self.active.borrow(),
+                "the node's agent hands new connections to another proxy, or to none yet",
+            ),
+            (
+                *self.phase.borrow() == Phase::Serving,
+                "the proxy is ending",
+            ),
         ]
         .into_iter()
         .filter_map(|(fine, missing)| (!fine).then_some(missing))

@@ -7,9 +7,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crds::reasons;
-use datapath::Family;
 use datapath::attachment::{self, AttachError};
+use datapath::names::Names;
 use datapath::netns::{Netns, NotNetns};
+use datapath::{Family, Slot};
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client};
 use protocol::node::Hello;
@@ -33,6 +35,8 @@ pub(crate) struct Doorman {
     /// The host's network namespace.
     pub(crate) host: Netns,
     pub(crate) sysctl_root: PathBuf,
+    /// What ours is called.
+    pub(crate) names: Names,
 }
 
 /// What a proxy's pod looks like.
@@ -41,6 +45,24 @@ pub(crate) struct Expected {
     pub(crate) namespace: String,
     pub(crate) node: String,
     pub(crate) service_account: String,
+}
+
+/// Who was let in.
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    pub(crate) identity: Identity,
+    pub(crate) netns: Netns,
+    /// The slot that an earlier agent had given it.
+    pub(crate) slot: Option<Slot>,
+}
+
+/// What the API server says of a proxy's pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct ProxyPod {
+    addresses: Vec<IpAddr>,
+    created: Timestamp,
+    /// It is being deleted: it may be draining yet.
+    terminating: bool,
 }
 
 /// Who says hello is not this node's proxy.
@@ -130,14 +152,14 @@ impl Doorman {
         hello: Hello,
         descriptor: OwnedFd,
         waiting: impl Fn(Rejection) + Send,
-    ) -> Result<(Identity, Netns), Rejection> {
+    ) -> Result<Admitted, Rejection> {
         let name = &hello.pod_name;
         let netns = Netns::received(descriptor)?;
         let (theirs, ours) = (netns.id(), self.host.id());
         if theirs.map_err(Rejection::Namespace)? == ours.map_err(Rejection::Namespace)? {
             return Err(Rejection::HostNetwork(name.clone()));
         }
-        let addresses = self.addresses(&hello, waiting).await?;
+        let pod = self.pod(&hello, waiting).await?;
         let found = attachment::find(&self.host, &netns, &self.sysctl_root)
             .await
             .map_err(|error| Rejection::Namespaces(name.clone(), error))?;
@@ -146,29 +168,38 @@ impl Doorman {
             .filter_map(|family| found.ends.of(family));
         let wrong = own
             .map(|ends| ends.proxy)
-            .find(|ip| !addresses.contains(ip));
+            .find(|ip| !pod.addresses.contains(ip));
         if let Some(found) = wrong {
-            let expected: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+            let expected: Vec<String> = pod.addresses.iter().map(ToString::to_string).collect();
             return Err(Rejection::WrongAddress {
                 name: name.clone(),
                 found,
                 expected: expected.join(", "),
             });
         }
+        let slot = attachment::slot(&netns, &self.names)
+            .await
+            .map_err(|error| Rejection::Namespaces(name.clone(), error))?;
         let identity = Identity {
             pod_name: hello.pod_name,
             pod_uid: hello.pod_uid,
             version: hello.version,
+            created: pod.created,
+            terminating: pod.terminating,
         };
-        Ok((identity, netns))
+        Ok(Admitted {
+            identity,
+            netns,
+            slot,
+        })
     }
 
-    /// Addresses of the pod that says hello, if it is a proxy of this node.
-    async fn addresses(
+    /// The pod that says hello, if it is a proxy of this node.
+    async fn pod(
         &self,
         hello: &Hello,
         waiting: impl Fn(Rejection) + Send,
-    ) -> Result<Vec<IpAddr>, Rejection> {
+    ) -> Result<ProxyPod, Rejection> {
         let namespace = &self.expected.namespace;
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
         let started = tokio::time::Instant::now();
@@ -176,9 +207,9 @@ impl Doorman {
         loop {
             match pods.get_opt(&hello.pod_name).await {
                 Ok(pod) => {
-                    let addresses = check(pod.as_ref(), hello, &self.expected)?;
-                    if !addresses.is_empty() {
-                        return Ok(addresses);
+                    let pod = check(pod.as_ref(), hello, &self.expected)?;
+                    if !pod.addresses.is_empty() {
+                        return Ok(pod);
                     }
                     if started.elapsed() > ADDRESS_PATIENCE {
                         return Err(wrong(hello, "has no address".to_owned()));
@@ -199,8 +230,8 @@ impl Doorman {
     }
 }
 
-/// Whether the pod is a proxy of this node; its addresses, none if it has none yet. Pure.
-fn check(pod: Option<&Pod>, hello: &Hello, expected: &Expected) -> Result<Vec<IpAddr>, Rejection> {
+/// Whether the pod is a proxy of this node; without addresses if it has none yet. Pure.
+fn check(pod: Option<&Pod>, hello: &Hello, expected: &Expected) -> Result<ProxyPod, Rejection> {
     let pod = pod.filter(|pod| pod.metadata.uid.as_ref() == Some(&hello.pod_uid));
     let Some(pod) = pod else {
         return Err(Rejection::NoPod {
@@ -229,17 +260,19 @@ fn check(pod: Option<&Pod>, hello: &Hello, expected: &Expected) -> Result<Vec<Ip
         );
         return Err(wrong(hello, problem));
     }
-    if pod.metadata.deletion_timestamp.is_some() {
-        return Err(wrong(hello, "is terminating".to_owned()));
-    }
     let status = pod.status.as_ref();
     let addresses = status
         .and_then(|status| status.pod_ips.as_ref())
         .into_iter()
         .flatten();
-    Ok(addresses
-        .filter_map(|address| address.ip.parse().ok())
-        .collect())
+    let created = pod.metadata.creation_timestamp.as_ref();
+    Ok(ProxyPod {
+        addresses: addresses
+            .filter_map(|address| address.ip.parse().ok())
+            .collect(),
+        created: created.map_or(Timestamp::UNIX_EPOCH, |time| time.0),
+        terminating: pod.metadata.deletion_timestamp.is_some(),
+    })
 }
 
 fn wrong(hello: &Hello, problem: String) -> Rejection {
@@ -289,15 +322,26 @@ mod tests {
 
     #[test]
     fn the_nodes_own_proxy_is_let_in_with_its_addresses() {
-        let addresses = check(Some(&pod(|_| {})), &hello(), &expected()).unwrap();
-        assert_eq!(addresses, ["10.0.0.3".parse::<IpAddr>().unwrap()]);
+        let found = check(Some(&pod(|_| {})), &hello(), &expected()).unwrap();
+        assert_eq!(found.addresses, ["10.0.0.3".parse::<IpAddr>().unwrap()]);
+        assert!(!found.terminating);
+    }
+
+    #[test]
+    fn a_proxy_that_drains_is_let_in_by_an_agent_that_starts_again() {
+        let ending =
+            pod(|pod| pod["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z"));
+        let found = check(Some(&ending), &hello(), &expected()).unwrap();
+        assert!(found.terminating && !found.addresses.is_empty());
     }
 
     #[test]
     fn a_pod_without_an_address_is_asked_for_again() {
         let young = pod(|pod| pod["status"] = json!({}));
         assert_eq!(
-            check(Some(&young), &hello(), &expected()).unwrap(),
+            check(Some(&young), &hello(), &expected())
+                .unwrap()
+                .addresses,
             Vec::<IpAddr>::new()
         );
     }
@@ -306,7 +350,7 @@ mod tests {
     fn whoever_is_not_the_nodes_proxy_is_turned_away_with_the_reason() {
         assert!(check(None, &hello(), &expected()).is_err());
         type Change = fn(&mut Value);
-        let cases: [(Change, &str); 4] = [
+        let cases: [(Change, &str); 3] = [
             (|pod| pod["metadata"]["uid"] = json!("other"), "with UID u1"),
             (
                 |pod| pod["spec"]["nodeName"] = json!("node-2"),
@@ -315,10 +359,6 @@ mod tests {
             (
                 |pod| pod["spec"]["serviceAccountName"] = json!("default"),
                 "service account \"default\"",
-            ),
-            (
-                |pod| pod["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z"),
-                "is terminating",
             ),
         ];
         for (change, part) in cases {

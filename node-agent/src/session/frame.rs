@@ -84,6 +84,7 @@ mod tests {
                 generation,
                 listeners: Vec::new(),
                 workloads: vec![WorkloadReport { uid, state, message: String::new() }],
+                ending: false,
             };
             let message = Some(proxy_message::Message::Report(report));
             let bytes = ProxyMessage { message: message.clone() }.encode_to_vec();

@@ -16,7 +16,7 @@ use kube::{Client, Config};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use prost::Message;
 use protocol::node::{
-    AgentMessage, Configure, Hello, ListenerReport, ProxyMessage, Report, WorkloadReport,
+    AgentMessage, Configure, Duty, Hello, ListenerReport, ProxyMessage, Report, WorkloadReport,
     WorkloadState, agent_message, proxy_message,
 };
 use serde_json::json;
@@ -49,6 +49,8 @@ struct State {
     held_back: BTreeSet<String>,
     looks: BTreeMap<String, Look>,
     forgot_cleanly: BTreeSet<String>,
+    ending: bool,
+    duty: Duty,
 }
 
 impl Peer {
@@ -78,6 +80,17 @@ impl Peer {
     pub(super) fn release(&self, uid: &str) {
         self.shared.state.lock().unwrap().held_back.remove(uid);
         self.shared.changed.notify_one();
+    }
+
+    /// From now on it says that it was told to end.
+    pub(super) fn end(&self) {
+        self.shared.state.lock().unwrap().ending = true;
+        self.shared.changed.notify_one();
+    }
+
+    /// What it was told last about the node's new connections.
+    pub(super) fn duty(&self) -> Duty {
+        self.shared.state.lock().unwrap().duty
     }
 
     pub(super) fn knows(&self, uid: &str) -> bool {
@@ -165,6 +178,7 @@ async fn serve(stream: UnixStream, shared: Arc<Shared>) {
 impl Shared {
     fn answer(&self, told: &Configure) -> Report {
         let mut state = self.state.lock().unwrap();
+        state.duty = told.duty();
         let known: BTreeSet<String> = told
             .workloads
             .iter()
@@ -199,6 +213,7 @@ impl Shared {
                 })
                 .collect(),
             workloads: known.iter().map(workload).collect(),
+            ending: state.ending,
         };
         state.known = known;
         report

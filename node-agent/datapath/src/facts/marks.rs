@@ -6,11 +6,13 @@ use crate::input::Marks;
 
 /// Uses of our bits by rules of `ip rule`, given as masks, and of iptables.
 pub(super) fn used(rule_marks: &[u32], saved: &[Saved], marks: &Marks) -> Vec<Obstacle> {
-    let ours = marks.outbound.mask()
-        | marks.skip.mask()
-        | marks.proxied.mask()
-        | marks.own.mask()
-        | marks.return_.mask();
+    let of_slots = [marks.proxied, marks.return_]
+        .into_iter()
+        .flat_map(|marks| [marks.first, marks.second]);
+    let ours = [marks.outbound, marks.skip, marks.own]
+        .into_iter()
+        .chain(of_slots)
+        .fold(0, |bits, mark| bits | mark.mask());
     let routing = rule_marks
         .iter()
         .map(|mask| mask & ours)

@@ -15,6 +15,7 @@ use crate::kernel::{ApplyError, Kernel, KernelError, sysctl};
 use crate::names::Names;
 use crate::netns::Netns;
 use crate::plan::{Change, Plan, Step};
+use crate::slot::{PerSlot, Slot};
 
 /// Requests that wait for the kernel's answer at a time: their answers fit in a socket's buffer.
 const BATCH: usize = 64;
@@ -23,11 +24,11 @@ const BATCH: usize = 64;
 const HOST_TABLES: [Table; 2] = [Table::Mangle, Table::Nat];
 const PROXY_TABLES: [Table; 1] = [Table::Mangle];
 
-/// The kernel of this node: the host's namespace, and the proxy's when one is attached.
+/// The kernel of this node: the host's namespace, and those of the attached proxies.
 #[derive(Debug)]
 pub struct LinuxKernel {
     host: Side,
-    proxy: Option<Side>,
+    proxies: PerSlot<Option<Side>>,
     backend: IptablesBackend,
     proc_root: PathBuf,
     names: Names,
@@ -67,7 +68,7 @@ impl LinuxKernel {
         let host = Side::open(host, Place::Host, backend)?;
         Ok(Self {
             host,
-            proxy: None,
+            proxies: PerSlot::default(),
             backend,
             proc_root,
             names,
@@ -102,15 +103,17 @@ impl LinuxKernel {
 
     async fn look(&self, interest: &Datapath, look: Look) -> Result<Datapath, KernelError> {
         let host = self.observe_host(&interest.host, look).await?;
-        let mut proxy = BTreeSet::new();
-        if let Some(side) = &self.proxy {
-            proxy = self
-                .observe_side(side, Place::Proxy, &interest.proxy)
+        let mut proxies = PerSlot::default();
+        for (slot, side) in self.proxies.taken() {
+            let interest = &interest.proxies[slot];
+            let mut items = self
+                .observe_side(side, Place::Proxy(slot), interest)
                 .await?;
-            let wanted = chains(&interest.proxy, &proxy);
-            proxy.extend(self.chains(side, wanted, &PROXY_TABLES, look).await?);
+            let wanted = chains(interest, &items);
+            items.extend(self.chains(side, wanted, &PROXY_TABLES, look).await?);
+            proxies[slot] = items;
         }
-        Ok(Datapath { host, proxy })
+        Ok(Datapath { host, proxies })
     }
 
     async fn observe_host(
@@ -132,10 +135,12 @@ impl LinuxKernel {
         place: Place,
         interest: &BTreeSet<Item>,
     ) -> Result<BTreeSet<Item>, KernelError> {
-        let peers = match &self.proxy {
-            Some(proxy) if place == Place::Host => proxy.netlink.peers(&self.names).await?,
-            _ => BTreeMap::new(),
-        };
+        let mut peers = BTreeMap::new();
+        if place == Place::Host {
+            for (slot, proxy) in self.proxies.taken() {
+                peers.extend(proxy.netlink.peers(slot, &self.names).await?);
+            }
+        }
         let mut items = side.netlink.observe(place, &self.names, &peers).await?;
         items.extend(sysctl::observe(&self.proc_root, &side.netns, interest)?);
         Ok(items)
@@ -180,9 +185,11 @@ impl LinuxKernel {
         };
         let side = match first.place {
             Place::Host => &self.host,
-            Place::Proxy => self.proxy.as_ref().ok_or((0, KernelError::Detached))?,
+            Place::Proxy(slot) => {
+                let side = self.proxies[slot].as_ref();
+                side.ok_or((0, KernelError::Detached))?
+            }
         };
-        let proxy = self.proxy.as_ref().map(|proxy| &proxy.netns);
         let at = |(index, error): (usize, _)| (index, KernelError::Netlink(error));
         match kind(first) {
             Kind::Members => {
@@ -201,9 +208,9 @@ impl LinuxKernel {
                     Some(Item::Set(_)) => change_set(&side.netns, old, new),
                     Some(Item::Sysctl(_)) => sysctl::write(&self.proc_root, &side.netns, old, new)
                         .map_err(KernelError::from),
-                    _ => side
+                    item => side
                         .netlink
-                        .change(old, new, proxy)
+                        .change(old, new, self.other_end(item))
                         .await
                         .map_err(KernelError::from),
                 }
@@ -211,16 +218,25 @@ impl LinuxKernel {
             }
         }
     }
+
+    /// The namespace that the other end of a pair of ours is to be in.
+    fn other_end(&self, item: Option<&Item>) -> Option<&Netns> {
+        let Some(Item::Link(link)) = item else {
+            return None;
+        };
+        let slot = self.names.slot_of(link.name())?;
+        Some(&self.proxies[slot].as_ref()?.netns)
+    }
 }
 
 impl Kernel for LinuxKernel {
-    fn attach(&mut self, proxy: Netns) -> Result<(), KernelError> {
-        self.proxy = Some(Side::open(proxy, Place::Proxy, self.backend)?);
+    fn attach(&mut self, slot: Slot, proxy: Netns) -> Result<(), KernelError> {
+        self.proxies[slot] = Some(Side::open(proxy, Place::Proxy(slot), self.backend)?);
         Ok(())
     }
 
-    fn detach(&mut self) {
-        self.proxy = None;
+    fn detach(&mut self, slot: Slot) {
+        self.proxies[slot] = None;
     }
 
     async fn observe(&self, interest: &Datapath) -> Result<Datapath, KernelError> {

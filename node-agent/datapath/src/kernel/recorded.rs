@@ -6,8 +6,10 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::datapath::{Datapath, Item, Link, Place};
 use crate::kernel::{ApplyError, Kernel, KernelError};
+use crate::names::peer;
 use crate::netns::Netns;
 use crate::plan::{Plan, Step};
+use crate::slot::{PerSlot, Slot};
 
 /// Decides whether a step fails.
 type Failure = Box<dyn FnMut(&Step) -> Option<KernelError> + Send>;
@@ -22,7 +24,7 @@ pub struct RecordedKernel {
 struct Inner {
     held: Datapath,
     taken: Vec<Step>,
-    attached: bool,
+    attached: PerSlot<bool>,
     failure: Option<Failure>,
 }
 
@@ -69,21 +71,23 @@ impl std::fmt::Debug for RecordedKernel {
 }
 
 impl Kernel for RecordedKernel {
-    fn attach(&mut self, _proxy: Netns) -> Result<(), KernelError> {
-        self.with(|inner| inner.attached = true);
+    fn attach(&mut self, slot: Slot, _proxy: Netns) -> Result<(), KernelError> {
+        self.with(|inner| inner.attached[slot] = true);
         Ok(())
     }
 
-    fn detach(&mut self) {
-        self.with(|inner| inner.attached = false);
+    fn detach(&mut self, slot: Slot) {
+        self.with(|inner| inner.attached[slot] = false);
     }
 
     async fn observe(&self, interest: &Datapath) -> Result<Datapath, KernelError> {
         let mut seen = self.held();
-        if !self.with(|inner| inner.attached) {
-            seen.proxy.clear();
+        for (slot, attached) in self.with(|inner| inner.attached).iter() {
+            if !attached {
+                seen.proxies[slot].clear();
+            }
         }
-        for place in [Place::Host, Place::Proxy] {
+        for place in Place::ALL {
             let interest = interest.side(place);
             seen.side_mut(place)
                 .retain(|item| !matches!(item, Item::Sysctl(_)) || interest.contains(item));
@@ -112,7 +116,9 @@ impl Inner {
         if let Some(error) = self.failure.as_mut().and_then(|failure| failure(step)) {
             return Err(error);
         }
-        if step.place == Place::Proxy && !self.attached {
+        if let Place::Proxy(slot) = step.place
+            && !self.attached[slot]
+        {
             return Err(KernelError::Detached);
         }
         take(&mut self.held, step);
@@ -137,6 +143,8 @@ fn lose(held: &mut Datapath, place: Place, link: &Link) {
     let on = |device: String| move |item: &Item| item.device() != Some(device.as_str());
     held.side_mut(place).retain(on(link.name().to_owned()));
     if place == Place::Host && matches!(link, Link::Veth { .. }) {
-        held.proxy.retain(on(format!("p{}", link.name())));
+        for slot in Slot::BOTH {
+            held.proxies[slot].retain(on(peer(link.name())));
+        }
     }
 }

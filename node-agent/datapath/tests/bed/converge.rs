@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use datapath::names::Names;
-use datapath::{Datapath, IptablesBackend, Kernel, LinuxKernel, NodeInput, build, plan};
+use datapath::{Datapath, IptablesBackend, Kernel, LinuxKernel, NodeInput, Slot, build, plan};
 
 use super::Bed;
 
@@ -41,7 +41,7 @@ pub(crate) async fn converge(kernel: &LinuxKernel, desired: &Datapath, interest:
 /// The kernel with the bed's proxy attached, holding what `input` wants.
 pub(crate) async fn attached(bed: &Bed, input: &NodeInput) -> LinuxKernel {
     let mut kernel = kernel_of(bed, input.names.clone());
-    kernel.attach(bed.netns("proxy")).unwrap();
+    kernel.attach(Slot::First, bed.netns("proxy")).unwrap();
     let desired = build(input);
     converge(&kernel, &desired, &desired).await;
     kernel

@@ -16,7 +16,9 @@ use std::time::Duration;
 use datapath::input::{Ends, Marks, Pair, Ports, Proxy, Tunnel, TunnelEnd};
 use datapath::names::Names;
 use datapath::netns::Netns;
-use datapath::{FailureMode, Family, IptablesBackend, MeshPod, NodeInput, TunnelKind};
+use datapath::{
+    FailureMode, Family, IptablesBackend, MeshPod, NodeInput, PerSlot, Slot, TunnelKind,
+};
 use nix::sys::socket::{setsockopt, sockopt};
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
@@ -262,12 +264,24 @@ pub(crate) fn sh(script: &str) -> String {
 pub(crate) fn input_with(kind: TunnelKind, pods: usize) -> NodeInput {
     let mut input = input(pods);
     input.tunnel.kind = kind;
-    input.tunnel.mtu = match kind {
-        // Outer Ethernet, IPv4, UDP and geneve: what the kernel itself takes off.
-        TunnelKind::Geneve => 1450,
-        TunnelKind::Veth => 1500,
-    };
+    set_mtu(
+        &mut input,
+        match kind {
+            // Outer Ethernet, IPv4, UDP and geneve: what the kernel itself takes off.
+            TunnelKind::Geneve => 1450,
+            TunnelKind::Veth => 1500,
+        },
+    );
     input
+}
+
+/// Gives the tunnels another MTU.
+pub(crate) fn set_mtu(input: &mut NodeInput, mtu: u32) {
+    for slot in Slot::BOTH {
+        if let Some(proxy) = &mut input.proxies[slot] {
+            proxy.mtu = mtu;
+        }
+    }
 }
 
 /// The node's input with this many pods.
@@ -283,7 +297,6 @@ pub(crate) fn input(pods: usize) -> NodeInput {
             port: 6081,
             inbound: end(1000, "192.168.126.0/30", "fd61:6d62:6974:126::/126"),
             outbound: end(1001, "192.168.127.0/30", "fd61:6d62:6974:127::/126"),
-            mtu: 1500,
         },
         ports: Ports {
             outbound: 15001,
@@ -293,20 +306,30 @@ pub(crate) fn input(pods: usize) -> NodeInput {
         marks: Marks {
             outbound: mark("0x100/0x100"),
             skip: mark("0x200/0x200"),
-            proxied: mark("0x210/0x210"),
+            proxied: PerSlot {
+                first: mark("0x210/0x210"),
+                second: mark("0x208/0x208"),
+            },
             own: mark("0x220/0x220"),
-            return_: mark("0x40/0x40"),
+            return_: PerSlot {
+                first: mark("0x40/0x40"),
+                second: mark("0x80/0x80"),
+            },
             tproxy: mark("0x400/0xfff"),
             proxy_return: mark("0x4d3/0xfff"),
         },
         failure_mode: FailureMode::Closed,
-        proxy: Some(Proxy {
-            ends: Ends::V4(ipv4_pair(PROXY)),
-            host_device: "vproxy".to_owned(),
-            device: "eth0".to_owned(),
-            default_rp_filter: "0".to_owned(),
-            serving: true,
-        }),
+        proxies: PerSlot {
+            first: Some(Proxy {
+                ends: Ends::V4(ipv4_pair(PROXY)),
+                host_device: "vproxy".to_owned(),
+                device: "eth0".to_owned(),
+                mtu: 1500,
+                default_rp_filter: "0".to_owned(),
+            }),
+            second: None,
+        },
+        serving: Some(Slot::First),
         pods: PODS[..pods]
             .iter()
             .map(|ip| MeshPod { ip: (*ip).into() })
@@ -317,8 +340,10 @@ pub(crate) fn input(pods: usize) -> NodeInput {
 
 /// The same node with IPv6 beside IPv4.
 pub(crate) fn dual(mut input: NodeInput) -> NodeInput {
-    if let Some(proxy) = &mut input.proxy {
-        proxy.ends = both_ends(PROXY);
+    for (slot, ip) in [(Slot::First, PROXY), (Slot::Second, NEXT_PROXY)] {
+        if let Some(proxy) = &mut input.proxies[slot] {
+            proxy.ends = both_ends(ip);
+        }
     }
     let pods = input.pods.clone();
     input
@@ -335,7 +360,7 @@ pub(crate) fn dual(mut input: NodeInput) -> NodeInput {
 /// The same node with IPv6 only.
 pub(crate) fn ipv6_only(input: NodeInput) -> NodeInput {
     let mut input = dual(input);
-    if let Some(proxy) = &mut input.proxy
+    if let Some(proxy) = &mut input.proxies.first
         && let Ends::Dual(_, ipv6) = proxy.ends
     {
         proxy.ends = Ends::V6(ipv6);
@@ -361,12 +386,26 @@ fn ipv4_pair(proxy: Ipv4Addr) -> Pair<Ipv4Addr> {
 
 /// The same node with another proxy pod, behind the host's device `vnext`.
 pub(crate) fn replaced(mut input: NodeInput) -> NodeInput {
-    if let Some(proxy) = &mut input.proxy {
+    if let Some(proxy) = &mut input.proxies.first {
         proxy.ends = match proxy.ends {
             Ends::V4(_) => Ends::V4(ipv4_pair(NEXT_PROXY)),
             Ends::V6(_) | Ends::Dual(..) => both_ends(NEXT_PROXY),
         };
         proxy.host_device = "vnext".to_owned();
     }
+    input
+}
+
+/// The same node while that proxy pod takes over: the first keeps what it carries.
+pub(crate) fn with_successor(mut input: NodeInput) -> NodeInput {
+    input.proxies.second = replaced(input.clone()).proxies.first;
+    input.serving = Some(Slot::Second);
+    input
+}
+
+/// The same node after the first proxy's end.
+pub(crate) fn succeeded(input: NodeInput) -> NodeInput {
+    let mut input = with_successor(input);
+    input.proxies.first = None;
     input
 }

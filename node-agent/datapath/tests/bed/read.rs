@@ -8,7 +8,7 @@ use datapath::IptablesBackend;
 use super::Bed;
 
 /// Route tables that a data path writes.
-const TABLES: [u32; 3] = [100, 101, 102];
+const TABLES: [u32; 4] = [100, 101, 102, 103];
 
 impl Bed {
     /// What these namespaces hold, as a list that a person can read.

@@ -8,7 +8,7 @@ use hbone::ListenerKind;
 use hbone::identity::{SpiffeId, TrustDomain};
 use hbone::local::{LocalWorkload, LocalWorkloads};
 use hbone::serve::Listener;
-use protocol::node::{self, Configure, LocalTraffic};
+use protocol::node::{self, Configure, Duty, LocalTraffic};
 
 /// Everything that the agent wants.
 #[derive(Clone, Debug, Default)]
@@ -20,6 +20,8 @@ pub(crate) struct Configuration {
     pub(crate) refused: BTreeMap<String, String>,
     /// Two pods of this node talk through a tunnel.
     pub(crate) local_by_tunnel: bool,
+    /// Whether new connections of the node come to this proxy; none if that is not decided.
+    pub(crate) active: Option<bool>,
 }
 
 impl Configuration {
@@ -45,6 +47,11 @@ impl Configuration {
             workloads: Arc::new(workloads.into_iter().collect()),
             refused,
             local_by_tunnel: message.local_traffic() == LocalTraffic::Hbone,
+            active: match message.duty() {
+                Duty::Unspecified => None,
+                Duty::Standby => Some(false),
+                Duty::Active => Some(true),
+            },
         }
     }
 }
@@ -122,6 +129,7 @@ pub(crate) mod tests {
             ],
             workloads,
             local_traffic: LocalTraffic::Hbone.into(),
+            duty: Duty::Standby.into(),
         };
         Configuration::parse(&TrustDomain::new("td").unwrap(), message)
     }
@@ -133,6 +141,7 @@ pub(crate) mod tests {
         assert_eq!(pod.identity.to_string(), "spiffe://td/ns/shop/sa/web");
         assert!(parsed.local_by_tunnel);
         assert_eq!(parsed.generation, 7);
+        assert_eq!(parsed.active, Some(false));
     }
 
     #[test]

@@ -48,6 +48,7 @@ pub(super) fn build(
         generation: configuration.generation,
         listeners: listeners.iter().map(listener_report).collect(),
         workloads: served.chain(refused).collect(),
+        ..Report::default()
     }
 }
 

@@ -12,7 +12,7 @@ use prost::Message;
 use protocol::node::agent_message::Message as FromAgent;
 use protocol::node::proxy_message::Message as FromProxy;
 use protocol::node::{
-    AgentMessage, Configure, Hello, Listener, ListenerKind, ProxyMessage, Report, Workload,
+    AgentMessage, Configure, Duty, Hello, Listener, ListenerKind, ProxyMessage, Report, Workload,
 };
 use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
@@ -72,8 +72,20 @@ impl Agent {
         }
     }
 
-    /// Wants the usual listeners, and these workloads: UID, service account, addresses.
+    /// Wants the usual listeners, and these workloads: UID, service account, addresses. The node's new
+    /// connections come to the proxy.
     pub(crate) async fn configure(&mut self, generation: u64, workloads: &[(&str, &str, &str)]) {
+        self.configure_for(Duty::Active, generation, workloads)
+            .await;
+    }
+
+    /// The same with the duty that the proxy is to have.
+    pub(crate) async fn configure_for(
+        &mut self,
+        duty: Duty,
+        generation: u64,
+        workloads: &[(&str, &str, &str)],
+    ) {
         let listeners = [
             (ListenerKind::Outbound, 15001),
             (ListenerKind::Inbound, 15008),
@@ -97,6 +109,7 @@ impl Agent {
                     ips: ips.split(',').map(str::to_owned).collect(),
                 })
                 .collect(),
+            duty: duty.into(),
             ..Configure::default()
         };
         let message = AgentMessage {

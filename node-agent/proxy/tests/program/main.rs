@@ -18,7 +18,7 @@ use agent::Agent;
 use controller::{Controller, authorization, resource, workload};
 use nix::sys::signal::Signal;
 use program::{Program, in_namespace};
-use protocol::node::WorkloadState;
+use protocol::node::{Duty, WorkloadState};
 use protocol::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
 
 const UID: &str = "11111111-2222-3333-4444-555555555555";
@@ -247,6 +247,57 @@ fn sigterm_ends_it_with_success() {
         assert!(status.success(), "{status}");
         let log = program.log();
         assert!(log.contains("drained"), "{log}");
+    });
+}
+
+#[test]
+fn it_is_ready_only_while_new_connections_come_to_it() {
+    in_namespace(async |program| {
+        let (mut agent, _controller) = ready(program).await;
+        agent
+            .configure_for(Duty::Standby, 2, &[(UID, "web", "10.1.0.1")])
+            .await;
+        agent.report_where(|report| report.generation == 2).await;
+        let missing = program.get(15021, "/healthz/ready").await;
+        assert!(missing.contains("to another proxy"), "{missing}");
+        // An agent that has just started has not decided yet.
+        agent.configure(3, &[(UID, "web", "10.1.0.1")]).await;
+        agent.report_where(|report| report.generation == 3).await;
+        agent
+            .configure_for(Duty::Unspecified, 4, &[(UID, "web", "10.1.0.1")])
+            .await;
+        agent.report_where(|report| report.generation == 4).await;
+        let ready = program.get(15021, "/healthz/ready").await;
+        assert!(ready.ends_with("ready\n"), "{ready}");
+    });
+}
+
+#[test]
+fn a_proxy_that_ends_listens_until_another_serves() {
+    in_namespace(async |program| {
+        let (mut agent, _controller) = ready(program).await;
+        let _open = tokio::net::TcpStream::connect("10.1.0.1:15008")
+            .await
+            .unwrap();
+        program.signal(Signal::SIGTERM);
+        let report = agent.report_where(|report| report.ending).await;
+        let bound = report
+            .listeners
+            .iter()
+            .all(|listener| listener.error.is_empty());
+        assert!(bound && program.listens(15001).await, "{report:?}");
+        agent
+            .configure_for(Duty::Standby, 2, &[(UID, "web", "10.1.0.1")])
+            .await;
+        let closed = |report: &protocol::node::Report| {
+            report
+                .listeners
+                .iter()
+                .all(|listener| !listener.error.is_empty())
+        };
+        agent.report_where(closed).await;
+        assert!(!program.listens(15001).await);
+        program.logs("new connections go to another proxy").await;
     });
 }
 

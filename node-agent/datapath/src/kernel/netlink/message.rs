@@ -112,7 +112,7 @@ pub(super) fn own_route(
     let table = table(&message.header, &message.attributes);
     let is_ours = match place {
         Place::Host => names.is_table(table),
-        Place::Proxy => table == TABLE_LOCAL,
+        Place::Proxy(_) => table == TABLE_LOCAL,
     };
     if !is_ours {
         return None;
@@ -218,7 +218,7 @@ pub(super) fn own_rule(message: &RuleMessage, place: Place, names: &Names) -> Op
     };
     let is_ours = match place {
         Place::Host => names.is_priority(priority),
-        Place::Proxy => [priority::TPROXY, priority::PROXY_RETURN].contains(&priority),
+        Place::Proxy(_) => [priority::TPROXY, priority::PROXY_RETURN].contains(&priority),
     };
     (own && is_ours).then_some(Rule {
         family,

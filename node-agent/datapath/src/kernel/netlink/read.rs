@@ -17,6 +17,7 @@ use super::{Netlink, NetlinkError, is_errno};
 use crate::datapath::{Item, Place};
 use crate::family::Family;
 use crate::names::{self, Names, PROTOCOL, TABLE_LOCAL};
+use crate::slot::Slot;
 
 impl Netlink {
     pub(crate) async fn links(&self) -> Result<Vec<LinkMessage>, NetlinkError> {
@@ -118,7 +119,7 @@ impl Netlink {
         }
     }
 
-    /// What this namespace holds of ours. `peers` are the devices of ours in the proxy's namespace.
+    /// What this namespace holds of ours. `peers` are the devices of ours in the proxies' namespaces.
     pub(in crate::kernel) async fn observe(
         &self,
         place: Place,
@@ -136,10 +137,10 @@ impl Netlink {
                     items.insert(Item::Link(host_link(link, peers)));
                 }
                 // A veth's end is made with the host's.
-                Place::Proxy if is_geneve(link) => {
+                Place::Proxy(_) if is_geneve(link) => {
                     items.insert(Item::Link(geneve(link)));
                 }
-                Place::Proxy => {}
+                Place::Proxy(_) => {}
             }
             let device = name(link);
             for address in self.addresses_on(link.header.index).await? {
@@ -157,12 +158,13 @@ impl Netlink {
         Ok(items)
     }
 
-    /// Index of each of our devices in the proxy's namespace.
-    pub(in crate::kernel) async fn peers(
+    /// Index of each of our devices in the namespace of a proxy.
+    pub(crate) async fn peers(
         &self,
+        slot: Slot,
         names: &Names,
     ) -> Result<BTreeMap<String, u32>, NetlinkError> {
-        let links = self.own_links(Place::Proxy, names).await?;
+        let links = self.own_links(Place::Proxy(slot), names).await?;
         let indices = links.iter().map(|link| (name(link), link.header.index));
         Ok(indices.collect())
     }
@@ -172,13 +174,19 @@ impl Netlink {
         place: Place,
         names: &Names,
     ) -> Result<Vec<LinkMessage>, NetlinkError> {
+        let devices: Vec<String> = match place {
+            Place::Host => Slot::BOTH
+                .into_iter()
+                .flat_map(|slot| names.devices(slot))
+                .collect(),
+            Place::Proxy(slot) => names
+                .devices(slot)
+                .map(|device| names::peer(&device))
+                .into(),
+        };
         let mut links = Vec::new();
-        for device in [names.inbound(), names.outbound()] {
-            let name = match place {
-                Place::Host => device.to_owned(),
-                Place::Proxy => names::peer(device),
-            };
-            links.extend(self.link(&name).await?);
+        for device in devices {
+            links.extend(self.link(&device).await?);
         }
         Ok(links)
     }
@@ -203,7 +211,7 @@ impl Netlink {
     ) -> Result<Vec<RouteMessage>, NetlinkError> {
         let tables = match place {
             Place::Host => names.tables().collect(),
-            Place::Proxy => vec![TABLE_LOCAL],
+            Place::Proxy(_) => vec![TABLE_LOCAL],
         };
         let mut routes = Vec::new();
         for family in self.families {
