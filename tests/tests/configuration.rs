@@ -105,12 +105,18 @@ fn what_somebody_deletes_of_the_data_path_is_back_at_once() -> Result<()> {
         (
             &["ip", "route", "show", "table", "101"],
             &[
-                "ip", "route", "del", "default", "table", "101", "dev", "istioout",
+                "sh",
+                "-c",
+                "ip route del $(ip route show table 101 | grep -o 'default via .* dev [^ ]*') table 101",
             ],
         ),
         (
-            &["ip", "-br", "link", "show", "istioin"],
-            &["ip", "link", "set", "istioin", "down"],
+            &["sh", "-c", "ip -br link | grep istioin"],
+            &[
+                "sh",
+                "-c",
+                "ip link set $(ip -br link | grep -o 'istioin[^@ ]*') down",
+            ],
         ),
     ] {
         let before = cluster.on_node(NODE_1, list)?;

@@ -15,13 +15,26 @@ fn kernel_has_geneve(cluster: &Cluster, node: &str) -> Result<bool> {
     Ok(cluster.on_node(node, &["sh", "-c", &tried])?.trim() == "made")
 }
 
-fn device_kind(cluster: &Cluster, device: &str) -> Result<String> {
-    let shown = cluster.on_node(NODE_2, &["ip", "-d", "-j", "link", "show", device])?;
-    let links: serde_json::Value = serde_json::from_str(&shown)?;
-    Ok(links[0]["linkinfo"]["info_kind"]
-        .as_str()
-        .unwrap_or_default()
-        .to_owned())
+/// Kinds of the tunnels' devices, by name; those of the second slot end in 2.
+fn device_kinds(cluster: &Cluster) -> Result<Vec<(String, String)>> {
+    let shown = cluster.on_node(NODE_2, &["ip", "-d", "-j", "link", "show"])?;
+    let links: Vec<serde_json::Value> = serde_json::from_str(&shown)?;
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let all = links
+        .iter()
+        .map(|link| (text(&link["ifname"]), text(&link["linkinfo"]["info_kind"])));
+    let mut ours: Vec<_> = all
+        .filter(|(name, _)| name.starts_with("istio"))
+        .map(|(name, kind)| (name.trim_end_matches('2').to_owned(), kind))
+        .collect();
+    ours.sort();
+    Ok(ours)
+}
+
+fn tunnels_of(kind: &str) -> Vec<(String, String)> {
+    ["istioin", "istioout"]
+        .map(|name| (name.to_owned(), kind.to_owned()))
+        .to_vec()
 }
 
 #[test]
@@ -51,8 +64,7 @@ fn geneve_is_used_where_the_kernel_has_it_and_else_the_condition_says_what_to_do
     if kernel_has_geneve(cluster, NODE_2)? {
         let wanted = ("TunnelsReady", "True", "TunnelsUp");
         cluster.wait_condition(NODE_2, wanted, Duration::from_secs(20))?;
-        assert_eq!(device_kind(cluster, "istioin")?, "geneve");
-        assert_eq!(device_kind(cluster, "istioout")?, "geneve");
+        assert_eq!(device_kinds(cluster)?, tunnels_of("geneve"));
     } else {
         let wanted = ("TunnelsReady", "False", "GeneveUnsupported");
         let message = cluster.wait_condition(NODE_2, wanted, Duration::from_secs(20))?;
@@ -80,8 +92,7 @@ fn veth_works_on_every_kernel_under_the_same_names() -> Result<()> {
     });
     cluster.patch_spec(NODE_2, &json!({"tunnel": {"type": "Veth"}}))?;
     cluster.wait_recovered()?;
-    assert_eq!(device_kind(cluster, "istioin")?, "veth");
-    assert_eq!(device_kind(cluster, "istioout")?, "veth");
+    assert_eq!(device_kinds(cluster)?, tunnels_of("veth"));
     stage.mesh("client").send(&format!("{}:9000", stage.far))?;
     undo.now()
 }

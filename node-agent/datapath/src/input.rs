@@ -414,14 +414,6 @@ impl NodeInput {
         let slot = self.serving?;
         Some((slot, self.proxies[slot].as_ref()?))
     }
-
-    /// Who answers packets of connections that the proxy of this slot has carried: that proxy, or when
-    /// it is gone the other one, whose kernel knows no such connection and resets it.
-    #[must_use]
-    pub fn answering(&self, slot: Slot) -> Option<&Proxy> {
-        let proxies = &self.proxies;
-        proxies[slot].as_ref().or(proxies[slot.other()].as_ref())
-    }
 }
 
 /// Backend of iptables.

@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::IoSlice;
-use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -24,10 +23,7 @@ use tokio::net::UnixStream;
 use tokio::sync::Notify;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
-use super::bed::{Bed, PROXY};
-
-/// Address of a second proxy.
-pub(super) const NEXT_PROXY: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 9);
+use super::bed::{Bed, NEXT_PROXY, PROXY};
 
 type Look = Box<dyn Fn() + Send>;
 
@@ -246,7 +242,10 @@ async fn pod(axum::extract::Path(name): axum::extract::Path<String>) -> Response
         }
     };
     let pod = json!({
-        "metadata": {"name": name, "namespace": "ambit-system", "uid": format!("uid-{name}")},
+        "metadata": {
+            "name": name, "namespace": "ambit-system", "uid": format!("uid-{name}"),
+            "creationTimestamp": if ip == NEXT_PROXY { "2026-01-02T00:00:00Z" } else { "2026-01-01T00:00:00Z" },
+        },
         "spec": {"nodeName": "node-1", "serviceAccountName": "ambit-proxy", "containers": []},
         "status": {"podIPs": [{"ip": ip}]},
     });

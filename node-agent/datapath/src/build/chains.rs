@@ -43,11 +43,11 @@ pub(super) fn mangle(family: Family, input: &NodeInput) -> Chains {
     )
 }
 
-/// Packets of connections that a proxy carries go back to it.
+/// Packets of connections that a proxy carries go back to it, or nowhere when it is gone.
 fn carried(input: &NodeInput) -> Vec<String> {
     let of_slot = |slot| {
-        let from_elsewhere = input
-            .answering(slot)
+        let from_elsewhere = input.proxies[slot]
+            .as_ref()
             .map_or_else(String::new, |proxy| format!("! -i {} ", proxy.host_device));
         let answer = format!(
             "{from_elsewhere}-m connmark --mark {}",

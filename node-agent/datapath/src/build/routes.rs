@@ -28,11 +28,11 @@ fn refusals(input: &NodeInput, family: Family) -> Vec<Item> {
     routes
 }
 
-/// Back to the proxy that carries a connection. One that died answers with RST, by the kernel of its
-/// namespace; when that is gone too, the other proxy's kernel does.
+/// Back to the proxy that carries a connection, as long as its namespace is there: when its process
+/// dies, its kernel resets what it carried.
 fn answers(input: &NodeInput, family: Family) -> Vec<Item> {
     let back = |slot| {
-        let proxy = input.answering(slot)?;
+        let proxy = input.proxies[slot].as_ref()?;
         let target = Target::Via {
             gateway: proxy.ends.of(family)?.proxy,
             device: proxy.host_device.clone(),
