@@ -315,8 +315,12 @@ async fn a_new_proxy_pod_takes_over_and_the_old_one_keeps_what_it_carries() {
     .await;
     agent.until(conditions::READY, "AllReady").await;
     assert!(bed.run("next", "ip link").contains("pistioin2"));
-    assert!(!bed.run("proxy", "ip link").contains("pistioin"));
-    assert!(!bed.succeeds("host", "ip link show istioin"));
+    // Devices are the last to go.
+    eventually("the old proxy's devices are gone", || {
+        !bed.run("proxy", "ip link").contains("pistioin")
+            && !bed.succeeds("host", "ip link show istioin")
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -90,7 +90,10 @@ fn a_label_brings_a_namespace_into_the_mesh_within_five_seconds_and_restarts_no_
     let marker = format!("marker-of-{name}");
 
     let capture = Capture::start("clear", &client)?;
-    reach_all(&cluster, name, &marker)?;
+    // kube-proxy refuses for a Service until it knows of its pods.
+    eventually(Duration::from_secs(10), "all are reached", || {
+        reach_all(&cluster, name, &marker)
+    })?;
     let clear = capture.stop()?;
     ensure!(
         clear.contains(&marker)?,
