@@ -1,4 +1,4 @@
-//! Step 5: writes AmbientNodes, while this replica leads. No decisions.
+//! Step 5: writes AmbientNodes, and has taints written, while this replica leads. No decisions.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,8 +19,9 @@ use crate::model::{DirtyNodes, Model, Published};
 use crate::names::NodeName;
 use crate::plan::{NodeChange, plan};
 use crate::problems::{Problems, explain};
+use crate::taint::Tainter;
 
-const PART: &str = "write ambientnodes";
+const PART: &str = "write ambientnodes and taints";
 
 /// Writes in flight at once.
 const CONCURRENCY: usize = 8;
@@ -31,6 +32,7 @@ const LAST_RETRY: Duration = Duration::from_secs(60);
 /// Keeps every AmbientNode as the model says.
 pub(crate) struct Applier {
     api: Api<DynamicObject>,
+    tainter: Option<Tainter>,
     rules: Rules,
     tunnel_type: TunnelType,
     published: Published,
@@ -45,6 +47,7 @@ pub(crate) struct Applier {
 impl Applier {
     pub(crate) fn new(
         client: Client,
+        tainter: Option<Tainter>,
         (rules, tunnel_type): (Rules, TunnelType),
         (published, leading, dirty): (Published, watch::Receiver<bool>, Arc<DirtyNodes>),
         problems: Problems,
@@ -52,6 +55,7 @@ impl Applier {
     ) -> Self {
         Self {
             api: Api::all_with(client, &ApiResource::erase::<AmbientNode>(&())),
+            tainter,
             rules,
             tunnel_type,
             published,
@@ -108,20 +112,24 @@ impl Applier {
             state,
             model.snapshot.written(&node).map(AsRef::as_ref),
         );
-        let Some(change) = change else {
-            self.succeeded(&node);
-            return;
+        let tainter = self.tainter.as_ref();
+        let taint = tainter.and_then(|it| Some((it, it.change(&model.snapshot, &node)?)));
+        let tainted = match taint.filter(|_| self.leads()) {
+            Some((tainter, change)) => tainter.write(&node, change).await,
+            None => Ok(()),
         };
-        if !*self.leading.borrow() {
-            return;
-        }
-        match self.write(&change).await {
-            Ok(()) => {
-                self.metrics.node_writes.inc();
-                self.succeeded(&node);
-            }
+        let written = match change.filter(|_| self.leads()) {
+            Some(change) => self.write(&change).await,
+            None => Ok(()),
+        };
+        match written.and(tainted) {
+            Ok(()) => self.succeeded(&node),
             Err(error) => self.failed(node, &error),
         }
+    }
+
+    fn leads(&self) -> bool {
+        *self.leading.borrow()
     }
 
     async fn write(&self, change: &NodeChange) -> Result<(), kube::Error> {
@@ -153,6 +161,7 @@ impl Applier {
         self.api
             .patch(node.as_str(), &params, &Patch::Apply(object))
             .await?;
+        self.metrics.node_writes.inc();
         tracing::debug!(%node, "wrote an AmbientNode");
         Ok(())
     }

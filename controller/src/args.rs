@@ -1,12 +1,14 @@
 //! Flags and environment.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 
 use crate::desired::enrolment::Rules;
 use crate::directory::Facts;
+use crate::startup::Startup;
 
 /// The controller of the Ambit service mesh.
 #[derive(Clone, Debug, Parser)]
@@ -70,7 +72,21 @@ pub(crate) struct Args {
     /// Tunnel of AmbientNodes that are made; those that exist keep theirs
     #[arg(long, env = "TUNNEL_TYPE", default_value = "Geneve")]
     pub(crate) tunnel_type: TunnelType,
+    /// Key of the taint that nodes have from their start until they are ready; empty for none
+    #[arg(long, env = "STARTUP_TAINT", default_value = crds::STARTUP_TAINT, value_parser = taint)]
+    pub(crate) startup_taint: Taint,
+    /// Service account of the node agents
+    #[arg(
+        long,
+        env = "AGENT_SERVICE_ACCOUNT",
+        default_value = "ambit-node-agent"
+    )]
+    pub(crate) agent_service_account: String,
 }
+
+/// Key of a taint, or none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Taint(Option<Arc<str>>);
 
 /// See [`crds::TunnelType`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -99,6 +115,15 @@ impl Args {
         }
     }
 
+    /// `None` if nodes are not to be held back.
+    pub(crate) fn startup(&self) -> Option<Startup> {
+        Some(Startup {
+            taint: self.startup_taint.0.clone()?,
+            system_namespace: self.namespace.as_str().into(),
+            agent_account: self.agent_service_account.as_str().into(),
+        })
+    }
+
     /// DNS names that proxies may know the controller by.
     pub(crate) fn server_names(&self) -> Vec<String> {
         let service = format!("ambit-controller.{}", self.namespace);
@@ -124,6 +149,26 @@ fn trust_domain(text: &str) -> Result<String, String> {
         .parse::<crate::identity::SpiffeId>()
         .map_err(|_| "must be of lower-case letters, digits, '-', '.' and '_'".to_owned())?;
     Ok(text.to_owned())
+}
+
+/// As the API server checks it: a name, before it perhaps a domain.
+fn taint(text: &str) -> Result<Taint, String> {
+    if text.is_empty() {
+        return Ok(Taint(None));
+    }
+    let (domain, name) = text.rsplit_once('/').unwrap_or(("x", text));
+    let is_name = |text: &str| {
+        let ends = [text.chars().next(), text.chars().next_back()];
+        ends.into_iter()
+            .all(|end| end.is_some_and(|end| end.is_ascii_alphanumeric()))
+            && text
+                .chars()
+                .all(|one| one.is_ascii_alphanumeric() || "-_.".contains(one))
+    };
+    if name.len() > 63 || domain.len() > 253 || !is_name(name) || !is_name(domain) {
+        return Err("must be the key of a taint, such as example.com/not-ready".to_owned());
+    }
+    Ok(Taint(Some(text.into())))
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
@@ -173,6 +218,20 @@ mod tests {
             TunnelType::Veth
         );
         assert!(parse(&["--tunnel-type", "Gre"]).is_err());
+    }
+
+    #[test]
+    fn nodes_are_held_back_by_a_taint_that_can_be_named_or_left_out() {
+        let taint = |args: &[&str]| parse(args).unwrap().startup().map(|startup| startup.taint);
+        assert_eq!(taint(&[]).as_deref(), Some("ambit.mesh/not-ready"));
+        assert_eq!(
+            taint(&["--startup-taint", "a.b/c"]).as_deref(),
+            Some("a.b/c")
+        );
+        assert_eq!(taint(&["--startup-taint", ""]), None);
+        for wrong in ["a/b/c", "a b", "/x", "x/", "x="] {
+            assert!(parse(&["--startup-taint", wrong]).is_err(), "{wrong}");
+        }
     }
 
     #[test]

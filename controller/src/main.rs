@@ -4,6 +4,7 @@
 //!  API server                 pure                                         API server
 //!  ──────────                 ────                                         ──────────
 //!  watch ──▶ snapshot ──▶ desired (enrolment) ──▶ plan ──▶ apply ─────────▶ AmbientNode
+//!                ├───────────────────────────▶ startup ──────┴▶ taint ──────▶ Node
 //!                │                                         ▲ only the leader
 //!                ▼                                                          proxies
 //!            directory ───────────────────▶ discovery ─────────┐           ────────
@@ -26,7 +27,11 @@ mod desired;
 
 mod plan;
 
+mod startup;
+
 mod apply;
+
+mod taint;
 
 mod directory;
 

@@ -66,8 +66,11 @@ mod tests {
     fn written(state: &NodeState) -> WrittenNode {
         WrittenNode {
             name: n("n1"),
+            created: None,
             owner: Some(node("n1").uid),
             deleting: false,
+            fails_open: false,
+            ready_boot: None,
             workloads: state.workloads.clone(),
             excluded: state.excluded.clone(),
         }

@@ -25,6 +25,7 @@ use crate::metrics::Metrics;
 use crate::model::{self, DirtyNodes, Model, Published};
 use crate::problems::Problems;
 use crate::serve::{self, ServingCertificate};
+use crate::taint::Tainter;
 use crate::watch::watches;
 
 /// Changes that wait to be taken in.
@@ -161,8 +162,10 @@ impl Parts {
         leading: watch::Receiver<bool>,
         dirty: Arc<DirtyNodes>,
     ) {
+        let startup = self.args.startup();
         let applier = Applier::new(
             self.client.clone(),
+            startup.map(|startup| Tainter::new(self.client.clone(), startup)),
             (self.args.rules(), self.args.tunnel_type.into()),
             (published, leading, dirty),
             self.problems.clone(),

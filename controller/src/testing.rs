@@ -37,7 +37,10 @@ pub(crate) fn node(name: &str) -> Node {
     Node {
         name: name.into(),
         uid: format!("uid-of-{name}").into(),
+        created: Some(Timestamp::UNIX_EPOCH),
         linux: true,
+        boot: Some("boot-1".into()),
+        taints: [].into(),
         locality: Locality {
             region: "r1".to_owned(),
             zone: format!("zone-of-{name}"),

@@ -36,8 +36,8 @@ pub(crate) fn watches(
     let label_of_pods = label.clone();
     vec![
         Box::pin(to("watch nodes").copy(
-            watcher(Api::<PartialObjectMeta<Node>>::all(client.clone()), all()),
-            |node| objects::Node::parse(&node.metadata),
+            watcher(Api::<Node>::all(client.clone()), all()),
+            |node| objects::Node::parse(&node),
             |node| node.name.clone(),
             Update::Node,
         )),

@@ -236,6 +236,11 @@ pub struct AmbientNodeStatus {
     /// The node's kernel.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<KernelStatus>,
+    /// Boot of the node, as in `status.nodeInfo.bootID` of the Node, in which it became ready. While
+    /// the node runs in another one, it keeps its startup taint.
+    #[serde(skip_serializing_if = "Option::is_none", rename = "readyBootID")]
+    #[schemars(length(max = 64))]
+    pub ready_boot_id: Option<String>,
     /// Number of workloads in the spec.
     pub workloads: i64,
     /// Number of workloads whose traffic the mesh carries.

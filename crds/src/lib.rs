@@ -34,6 +34,9 @@ pub const CONTROLLER_MANAGER: &str = "ambit-controller";
 /// Field manager of the node agent: owns `status`.
 pub const AGENT_MANAGER: &str = "ambit-node-agent";
 
+/// Taint of a node that starts, until it is ready (default; configurable).
+pub const STARTUP_TAINT: &str = "ambit.mesh/not-ready";
+
 /// Label of namespaces and pods that decides about enrolment (default; configurable).
 pub const DATAPLANE_MODE_LABEL: &str = "istio.io/dataplane-mode";
 

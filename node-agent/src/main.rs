@@ -6,7 +6,7 @@
 //!  proxy ──session: Hello + namespace, Report──▶ Roster ──┼─▶ reconcile: order ─▶ datapath (build, plan)
 //!  kernel ──changes (netlink), every 30 s─────────────────┘        │        ─▶ kernel, both namespaces
 //!                 proxy ◀──Configure───────────────────────────────┤
-//!  API server ◀──publish: status, Events◀──report◀──Outcome────────┘
+//!  API server ◀──publish: status, Events◀──start◀──report◀──Outcome─┘
 //! ```
 //!
 //! The agent holds the host's rights, so it reads no bytes of strangers: only the API server's, and
@@ -29,6 +29,7 @@ mod report;
 mod roster;
 mod run;
 mod session;
+mod start;
 mod survey;
 mod watch;
 

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use crate::events::{self, News};
 use crate::failure::{Complaint, root};
 use crate::report::{Outcome, report, same};
+use crate::start::ready_boot;
 use crate::watch::Known;
 
 /// Time from a write that failed to the next; doubled with each failure up to [`LAST_RETRY`].
@@ -21,6 +22,10 @@ const FIRST_RETRY: Duration = Duration::from_secs(1);
 
 /// The longest time between two tries.
 const LAST_RETRY: Duration = Duration::from_secs(30);
+
+/// How often the status of a node that has not been ready since its boot is looked at: with time it
+/// counts as ready though nothing else changes.
+const WHILE_STARTING: Duration = Duration::from_secs(10);
 
 /// The part of an AmbientNode that the agent owns.
 #[derive(Debug, Serialize)]
@@ -53,11 +58,13 @@ pub(crate) async fn publish(
     let mut written: Option<Written> = None;
     let mut rejection: Option<Complaint> = None;
     let mut retry: Option<Duration> = None;
+    let mut starting = false;
+    let began = Timestamp::now();
     loop {
         tokio::select! {
             changed = outcomes.changed() => if changed.is_err() { return },
             changed = known.changed() => if changed.is_err() { return },
-            () = sleep(retry) => {}
+            () = sleep(retry.or(starting.then_some(WHILE_STARTING))) => {}
         }
         let outcome = outcomes.borrow_and_update().clone();
         let object = known.borrow_and_update().present().cloned();
@@ -69,7 +76,16 @@ pub(crate) async fn publish(
             Some(written) if written.uid == object.metadata.uid => written.status.clone(),
             _ => observed.clone(),
         };
-        let status = report(&outcome, &before.conditions, Timestamp::now());
+        let now = Timestamp::now();
+        let mut status = report(&outcome, &before.conditions, now);
+        let boot = outcome.facts.as_ref().map(|facts| facts.boot.as_str());
+        status.ready_boot_id = boot.map_or_else(
+            || before.ready_boot_id.clone(),
+            |boot| {
+                let before = before.ready_boot_id.as_deref();
+                ready_boot(boot, before, &status.conditions, (began, now))
+            },
+        );
         let is_written = same(&status, &before) && same(&status, &observed);
         if !is_written && let Err(error) = write(&objects, &object, &status).await {
             tracing::warn!(
@@ -80,6 +96,7 @@ pub(crate) async fn publish(
             continue;
         }
         retry = None;
+        starting = boot.is_some() && status.ready_boot_id.as_deref() != boot;
         let mut news = events::between(&before.conditions, &status.conditions);
         if outcome.rejection.is_some() && outcome.rejection != rejection {
             news.extend(rejected(&outcome));

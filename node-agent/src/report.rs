@@ -65,7 +65,8 @@ impl WorkloadOutcome {
     }
 }
 
-/// The status to write, whose unchanged conditions keep the times of `previous`.
+/// The status to write, whose unchanged conditions keep the times of `previous`; all but the boot in
+/// which the node became ready, which needs more than this one outcome.
 pub(crate) fn report(
     outcome: &Outcome,
     previous: &[Condition],
@@ -109,6 +110,7 @@ pub(crate) fn report(
             version: identity.version.clone(),
         }),
         kernel: outcome.facts.as_ref().map(kernel),
+        ready_boot_id: None,
         workloads: count(workloads),
         enrolled: count(enrolled),
         pending,
@@ -417,6 +419,7 @@ pub(crate) mod tests {
             failure_mode: FailureMode::Closed,
             facts: Some(Facts {
                 release: "6.1".to_owned(),
+                boot: "boot-2".to_owned(),
                 geneve: true,
                 iptables: datapath::IptablesBackend::Nft,
             }),

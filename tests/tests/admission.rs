@@ -70,6 +70,37 @@ fn an_agent_may_not_change_what_its_node_should_do() -> Result<()> {
 }
 
 #[test]
+fn the_controller_may_change_only_the_startup_taint_of_a_node() -> Result<()> {
+    let cluster = Cluster::current()?;
+    let administrator = Caller::administrator(&cluster)?;
+    let controller = ["Impersonate-User: system:serviceaccount:ambit-system:ambit-controller"];
+    let node = format!("/api/v1/nodes/{NODE_2}");
+    let try_patch = |path: &str, patch: &str| administrator.try_patch(path, &controller, patch);
+    let ours = r#"{"key":"ambit.mesh/not-ready","effect":"NoSchedule"}"#;
+    let put = try_patch(&node, &format!(r#"{{"spec":{{"taints":[{ours}]}}}}"#))?;
+    ensure!(put["spec"]["taints"][0]["effect"] == "NoSchedule", "{put}");
+    let foreign = r#"{"key":"example.com/foreign","effect":"NoExecute"}"#;
+    for patch in [
+        &*format!(r#"{{"spec":{{"taints":[{ours},{foreign}]}}}}"#),
+        r#"{"spec":{"unschedulable":true}}"#,
+        r#"{"metadata":{"labels":{"a":"b"}}}"#,
+        r#"{"metadata":{"annotations":{"a":"b"}}}"#,
+    ] {
+        let answer = try_patch(&node, patch)?;
+        ensure_refused(
+            &answer,
+            "the controller may change only the startup taint of a Node",
+        )?;
+    }
+    // What is no right of its own is nothing that a policy must forbid.
+    let status = r#"{"status":{"phase":"Running"}}"#;
+    ensure_refused(
+        &try_patch(&(node + "/status"), status)?,
+        "cannot patch resource",
+    )
+}
+
+#[test]
 fn a_proxy_may_read_no_kubernetes_object() -> Result<()> {
     let cluster = Cluster::current()?;
     let identity = "system:serviceaccount:ambit-system:ambit-proxy";

@@ -2,11 +2,11 @@
 //!
 //! The border: what an object says is parsed here, once. What cannot be parsed is left out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use crds::AmbientNode;
+use crds::{AmbientNode, FailureMode};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -29,7 +29,12 @@ pub(crate) struct Locality {
 pub(crate) struct Node {
     pub(crate) name: NodeName,
     pub(crate) uid: Arc<str>,
+    pub(crate) created: Option<Timestamp>,
     pub(crate) linux: bool,
+    /// What tells the boot that its kubelet runs in from every other.
+    pub(crate) boot: Option<Arc<str>>,
+    /// Keys of its taints.
+    pub(crate) taints: BTreeSet<Arc<str>>,
     pub(crate) locality: Locality,
 }
 
@@ -67,9 +72,14 @@ pub(crate) struct Pod {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct WrittenNode {
     pub(crate) name: NodeName,
+    pub(crate) created: Option<Timestamp>,
     /// UID of the Node that owns it.
     pub(crate) owner: Option<Arc<str>>,
     pub(crate) deleting: bool,
+    /// Its `failureMode` is `Open`.
+    pub(crate) fails_open: bool,
+    /// The boot in which its node became ready.
+    pub(crate) ready_boot: Option<Arc<str>>,
     pub(crate) workloads: Vec<crds::Workload>,
     pub(crate) excluded: Vec<crds::WorkloadNote>,
 }
@@ -77,11 +87,22 @@ pub(crate) struct WrittenNode {
 // === impl Node ===
 
 impl Node {
-    pub(crate) fn parse(meta: &ObjectMeta) -> Option<Self> {
+    pub(crate) fn parse(node: &core::Node) -> Option<Self> {
+        let meta = &node.metadata;
         let label = |key: &str| label(meta, key).unwrap_or_default().to_owned();
+        let info = node.status.as_ref().and_then(|it| it.node_info.as_ref());
+        let taints = node
+            .spec
+            .iter()
+            .flat_map(|spec| spec.taints.iter().flatten());
         Some(Self {
             name: meta.name.as_deref()?.into(),
             uid: meta.uid.as_deref()?.into(),
+            created: created(meta),
+            boot: info
+                .map(|info| info.boot_id.as_str().into())
+                .filter(|boot: &Arc<str>| !boot.is_empty()),
+            taints: taints.map(|taint| taint.key.as_str().into()).collect(),
             // Every kubelet sets it; a Node made by hand without it gets the benefit of the doubt.
             linux: matches!(label("kubernetes.io/os").as_str(), "" | "linux"),
             locality: Locality {
@@ -117,7 +138,7 @@ impl Pod {
         Some(Self {
             uid: meta.uid.as_deref()?.into(),
             key: PodKey::new(meta.namespace.as_deref()?, name),
-            created: meta.creation_timestamp.as_ref().map(|time| time.0),
+            created: created(meta),
             node: spec.node_name.as_deref().map(Into::into),
             service_account: spec
                 .service_account_name
@@ -201,15 +222,26 @@ impl WrittenNode {
         let owners = meta.owner_references.iter().flatten();
         Some(Self {
             name: meta.name.as_deref()?.into(),
+            created: created(meta),
             owner: owners
                 .filter(|owner| owner.kind == "Node")
                 .map(|owner| owner.uid.as_str().into())
                 .next(),
             deleting: meta.deletion_timestamp.is_some(),
+            fails_open: object.spec.failure_mode == FailureMode::Open,
+            ready_boot: object
+                .status
+                .as_ref()
+                .and_then(|status| status.ready_boot_id.as_deref())
+                .map(Into::into),
             workloads: object.spec.workloads.clone(),
             excluded: object.spec.excluded.clone(),
         })
     }
+}
+
+fn created(meta: &ObjectMeta) -> Option<Timestamp> {
+    meta.creation_timestamp.as_ref().map(|time| time.0)
 }
 
 pub(super) fn label<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {
@@ -291,8 +323,8 @@ mod tests {
     #[test]
     fn a_node_of_another_system_is_no_linux_node() {
         let node = |labels: Value| {
-            let meta = json!({"name": "n1", "uid": "u", "labels": labels});
-            Node::parse(&serde_json::from_value(meta).unwrap()).unwrap()
+            let node = json!({"metadata": {"name": "n1", "uid": "u", "labels": labels}});
+            Node::parse(&serde_json::from_value(node).unwrap()).unwrap()
         };
         assert!(node(json!({"kubernetes.io/os": "linux"})).linux);
         assert!(!node(json!({"kubernetes.io/os": "windows"})).linux);
@@ -300,5 +332,34 @@ mod tests {
             .locality
             .zone;
         assert_eq!(zone, "z1");
+    }
+
+    #[test]
+    fn a_node_is_read_with_its_boot_and_its_taints() {
+        let node = |boot: &str| {
+            let mut info = json!({"bootID": boot});
+            for field in [
+                "architecture",
+                "containerRuntimeVersion",
+                "kernelVersion",
+                "kubeProxyVersion",
+                "kubeletVersion",
+                "machineID",
+                "operatingSystem",
+                "osImage",
+                "systemUUID",
+            ] {
+                info[field] = json!("");
+            }
+            let node = json!({
+                "metadata": {"name": "n1", "uid": "u"},
+                "spec": {"taints": [{"key": "a", "effect": "NoSchedule"}]},
+                "status": {"nodeInfo": info},
+            });
+            Node::parse(&serde_json::from_value(node).unwrap()).unwrap()
+        };
+        assert_eq!(node("b1").boot.as_deref(), Some("b1"));
+        assert_eq!(node("").boot, None);
+        assert_eq!(node("b1").taints, [Arc::from("a")].into());
     }
 }

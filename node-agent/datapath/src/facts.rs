@@ -43,11 +43,16 @@ use saved::Saved;
 /// changed, and thousands of them take long.
 const LEGACY_EVERY: u32 = 4;
 
+/// Where the kernel tells this boot from every other; kubelet reads it, too.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
 /// What this node's kernel can do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Facts {
     /// As `uname -r` prints it.
     pub release: String,
+    /// What tells this boot from every other.
+    pub boot: String,
     /// Whether geneve devices can be made.
     pub geneve: bool,
     /// The backend for our rules: that of the host's own, or the one that holds ours already.
@@ -109,6 +114,9 @@ pub enum FactsError {
     /// uname failed.
     #[error("ask for the kernel's release")]
     Uname(#[source] nix::Error),
+    /// The kernel does not say which boot this is.
+    #[error("read {BOOT_ID}")]
+    Boot(#[source] io::Error),
     /// The namespace cannot be entered.
     #[error("enter the host's network namespace")]
     Enter(#[source] io::Error),
@@ -143,6 +151,7 @@ pub async fn find(
         return Err(FactsError::Rights(missing));
     }
     let release = nix::sys::utsname::uname().map_err(FactsError::Uname)?;
+    let boot = std::fs::read_to_string(BOOT_ID).map_err(FactsError::Boot)?;
     let netlink = Netlink::open(host).map_err(FactsError::Enter)?;
     // Before the rules are read: a change while they are is seen the next time.
     let generation = generation(host);
@@ -156,6 +165,7 @@ pub async fn find(
     );
     let facts = Facts {
         release: release.release().to_string_lossy().into_owned(),
+        boot: boot.trim().to_owned(),
         geneve: geneve(&netlink, &links).await,
         iptables: choice.backend,
     };
