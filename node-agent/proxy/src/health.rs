@@ -83,7 +83,7 @@ impl Collector for OwnMetrics {
             ConstGauge::new(value).encode(gauge)?;
         }
         let mut expiry = encoder.encode_descriptor(
-            "ambit_proxy_certificate_expiry_seconds",
+            "ambit_proxy_certificate_expiry_timestamp_seconds",
             "When the certificate of an identity ends, in seconds since 1970",
             None,
             MetricType::Gauge,

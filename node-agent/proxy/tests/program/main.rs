@@ -183,6 +183,26 @@ fn without_a_controller_the_last_state_stays_and_a_new_stream_names_it() {
 }
 
 #[test]
+fn without_a_controller_metrics_say_until_when_its_certificates_hold() {
+    in_namespace(async |program| {
+        let (_agent, controller) = ready(program).await;
+        program
+            .says_metric("ambit_proxy_discovery_connected", "1")
+            .await;
+        controller.stop().await;
+        program
+            .says_metric("ambit_proxy_discovery_connected", "0")
+            .await;
+        let expiry =
+            format!("ambit_proxy_certificate_expiry_timestamp_seconds{{identity=\"{IDENTITY}\"}}");
+        let said = program.metric(&expiry).await.expect("an expiry");
+        let dump = program.get_json(15000, "/config_dump").await;
+        let pem = dump["certificates"][0]["certChain"][0]["pem"].as_str();
+        assert_eq!(said, program::end_of(pem.unwrap()));
+    });
+}
+
+#[test]
 fn without_an_agent_it_serves_on_and_reports_again_to_the_next() {
     in_namespace(async |program| {
         let (agent, _controller) = ready(program).await;

@@ -128,6 +128,20 @@ impl Program {
         serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {answer}"))
     }
 
+    /// The value of a metric, named with its labels.
+    pub(crate) async fn metric(&self, name: &str) -> Option<String> {
+        let page = self.get(15020, "/metrics").await;
+        let value = page.lines().find_map(|line| line.strip_prefix(name));
+        value.map(|value| value.trim().to_owned())
+    }
+
+    /// Waits until a metric has this value.
+    pub(crate) async fn says_metric(&self, name: &str, value: &str) {
+        while self.metric(name).await.as_deref() != Some(value) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         kill(self.pid, signal).unwrap();
     }
@@ -140,4 +154,22 @@ impl Program {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
+}
+
+/// When a certificate ends, in seconds since 1970, as openssl and date say it.
+pub(crate) fn end_of(base64_pem: &str) -> String {
+    let mut shell = std::process::Command::new("bash");
+    let end = "openssl x509 -noout -enddate -dateopt iso_8601 <<<\"$(base64 -d <<<\"$1\")\" | cut -d= -f2";
+    let script = format!("date -d \"$({end})\" +%s");
+    let output = shell
+        .args(["-c", &script, "end", base64_pem])
+        .output()
+        .unwrap();
+    let end = String::from_utf8(output.stdout).unwrap().trim().to_owned();
+    assert!(
+        !end.is_empty(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    end
 }
