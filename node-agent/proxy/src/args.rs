@@ -23,7 +23,7 @@ pub(crate) struct Args {
     #[arg(
         long,
         env = "ROOT_CERT",
-        default_value = "/var/run/ambit/root/root-cert.pem"
+        default_value = "/etc/ambit/root/root-cert.pem"
     )]
     pub(crate) root_cert: PathBuf,
     /// File with the token that says to the controller who we are.
