@@ -33,11 +33,26 @@ pub(crate) enum CleanupError {
     Socket(PathBuf, #[source] io::Error),
 }
 
-/// Removes it; how many steps that took.
+/// Removes it, and the agent's socket; how many steps that took.
 pub(crate) async fn cleanup(
     host: Netns,
     sysctl_root: &Path,
     socket: &Path,
+    names: &Names,
+) -> Result<usize, CleanupError> {
+    let steps = sweep(host, sysctl_root, names).await?;
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(CleanupError::Socket(socket.to_owned(), error))
+        }
+        _ => Ok(steps),
+    }
+}
+
+/// Removes it; how many steps that took.
+pub(crate) async fn sweep(
+    host: Netns,
+    sysctl_root: &Path,
     names: &Names,
 ) -> Result<usize, CleanupError> {
     let (facts, others) = facts::find(&host, names, Earlier::default()).await?;
@@ -54,13 +69,7 @@ pub(crate) async fn cleanup(
             .await?;
         }
     }
-    steps += remove(&host, &kernel(facts.iptables)?, |_| true).await?;
-    match std::fs::remove_file(socket) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(CleanupError::Socket(socket.to_owned(), error))
-        }
-        _ => Ok(steps),
-    }
+    Ok(steps + remove(&host, &kernel(facts.iptables)?, |_| true).await?)
 }
 
 /// Removes what the kernel holds of ours and `which` takes; how many steps that took.

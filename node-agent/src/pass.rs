@@ -18,6 +18,7 @@ use datapath::{Datapath, IptablesBackend, PerSlot, plan};
 use protocol::node::{Configure, Duty, LocalTraffic, Workload};
 use tokio::sync::mpsc;
 
+use crate::cleanup::{self, CleanupError};
 use crate::desired::{self, Pod, Wanted};
 use crate::failure::Failure;
 use crate::metrics::Metrics;
@@ -130,6 +131,16 @@ impl Node {
         roster.settle(None);
         roster.tell(&Configure::default());
         Ok(())
+    }
+
+    /// Removes what an earlier agent left; how many steps that took.
+    pub(crate) async fn sweep(&self) -> Result<usize, CleanupError> {
+        let Host {
+            netns,
+            sysctl_root,
+            names,
+        } = &self.host;
+        cleanup::sweep(netns.clone(), sysctl_root, names).await
     }
 
     /// Takes the spec over if it can be used; else says why not.

@@ -7,6 +7,7 @@ use datapath::changes::Changes;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
+use crate::failure::chain;
 use crate::metrics::Metrics;
 use crate::pass::Node;
 use crate::report::Outcome;
@@ -19,6 +20,10 @@ const FULL: Duration = Duration::from_secs(30);
 /// Changes of the kernel come in swarms; a pass waits for the swarm to pass by.
 const SWARM: Duration = Duration::from_millis(30);
 
+/// How long the API server must have said that there is no AmbientNode before what an earlier agent left
+/// counts as not wanted. A controller makes a missing one at once.
+pub(crate) const ABANDONED_AFTER: Duration = Duration::from_secs(60);
+
 /// Time from a pass that failed to the next; doubled with each failure up to [`FULL`].
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 
@@ -27,6 +32,8 @@ pub(crate) struct Inputs {
     pub(crate) known: watch::Receiver<Known>,
     pub(crate) sessions: mpsc::Receiver<SessionEvent>,
     pub(crate) wakes: mpsc::Receiver<()>,
+    /// [`ABANDONED_AFTER`], but for tests.
+    pub(crate) abandoned_after: Duration,
 }
 
 /// Runs until one of the inputs ends.
@@ -40,6 +47,7 @@ pub(crate) async fn run(
     let mut changes: Option<Changes> = None;
     let mut schedule = Schedule::new();
     let mut existed = false;
+    let mut absence = Absence::default();
     loop {
         // Netlink drops a listener that cannot follow; the tick makes up for what it missed.
         if changes
@@ -58,6 +66,9 @@ pub(crate) async fn run(
         let full = schedule.is_full();
         let known = inputs.known.borrow_and_update().clone();
         let timer = metrics.pass();
+        if known != Known::Absent || existed {
+            absence = Absence::default();
+        }
         match known {
             Known::Unread => schedule.done(full),
             Known::Present(object) => {
@@ -74,8 +85,7 @@ pub(crate) async fn run(
                     }
                 }
             }
-            // Without an object nothing says that what stands is not wanted, unless it was deleted
-            // before this agent's eyes.
+            // Deleted before this agent's eyes.
             Known::Absent if existed => match node.remove(&mut roster).await {
                 Ok(()) => {
                     existed = false;
@@ -92,7 +102,26 @@ pub(crate) async fn run(
                     schedule.after(full, false);
                 }
             },
-            Known::Absent => schedule.done(full),
+            Known::Absent if absence.is_due(Instant::now(), inputs.abandoned_after) => {
+                match node.sweep().await {
+                    Ok(steps) => {
+                        absence.over = true;
+                        schedule.done(full);
+                        tracing::info!(
+                            steps,
+                            "this node has no AmbientNode: nothing of Ambit is left"
+                        );
+                    }
+                    Err(error) => {
+                        tracing::warn!("remove what an earlier agent left: {}", chain(&error));
+                        schedule.after(full, false);
+                    }
+                }
+            }
+            Known::Absent => {
+                schedule.done(full);
+                schedule.by(absence.due(inputs.abandoned_after));
+            }
         }
         metrics.known(existed);
     }
@@ -104,6 +133,7 @@ async fn wait(inputs: &mut Inputs, roster: &mut Roster, next: Instant) -> bool {
         known,
         sessions,
         wakes,
+        abandoned_after: _,
     } = inputs;
     tokio::select! {
         changed = known.changed() => if changed.is_err() { return false },
@@ -138,6 +168,28 @@ fn report(outcome: Outcome, outcomes: &watch::Sender<Option<Outcome>>) {
         *last = Some(outcome);
         differs
     });
+}
+
+/// Since when the API server has said, without a break, that there is no AmbientNode, which this agent
+/// has never seen.
+#[derive(Default)]
+struct Absence {
+    since: Option<Instant>,
+    /// What an earlier agent left is gone.
+    over: bool,
+}
+
+impl Absence {
+    /// Whether it is time to remove what an earlier agent left.
+    fn is_due(&mut self, now: Instant, after: Duration) -> bool {
+        let since = *self.since.get_or_insert(now);
+        !self.over && now >= since + after
+    }
+
+    /// When it is.
+    fn due(&self, after: Duration) -> Option<Instant> {
+        self.since.filter(|_| !self.over).map(|since| since + after)
+    }
 }
 
 /// When the next pass is due.
@@ -181,6 +233,11 @@ impl Schedule {
         };
     }
 
+    /// Not later than this.
+    fn by(&mut self, due: Option<Instant>) {
+        self.next = due.map_or(self.next, |due| self.next.min(due));
+    }
+
     fn wait(&mut self, grace: Duration) {
         self.next = Instant::now() + grace.clamp(SWARM, FIRST_RETRY);
     }
@@ -195,6 +252,19 @@ fn delay(failures: u32) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_an_earlier_agent_left_is_removed_once_and_not_at_once() {
+        let mut absence = Absence::default();
+        let (start, after) = (Instant::now(), Duration::from_secs(60));
+        assert!(!absence.is_due(start, after));
+        assert!(!absence.is_due(start + after / 2, after));
+        assert_eq!(absence.due(after), Some(start + after));
+        assert!(absence.is_due(start + after, after));
+        absence.over = true;
+        assert!(!absence.is_due(start + after * 2, after));
+        assert_eq!(absence.due(after), None);
+    }
 
     #[test]
     fn retries_slow_down_to_the_time_of_a_full_pass() {

@@ -111,6 +111,7 @@ async fn start(arguments: AgentArguments, client: Client) -> Result<JoinSet<&'st
         known: known.clone(),
         sessions,
         wakes,
+        abandoned_after: reconcile::ABANDONED_AFTER,
     };
     let roster = Roster::new(first_generation());
     tracing::info!(node = node_name, "the agent starts");

@@ -75,6 +75,7 @@ impl Agent {
             known: known_receiver,
             sessions,
             wakes,
+            abandoned_after: Duration::from_secs(1),
         };
         let mut parts = JoinSet::new();
         let listener = session::bind(&socket).unwrap();
@@ -546,7 +547,7 @@ async fn a_full_set_is_named_and_those_who_fit_are_enrolled() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn cleanup_and_the_deletion_of_the_object_leave_the_host_as_it_was() {
-    for by_deletion in [true, false] {
+    for way in ["deletion", "an agent that comes too late", "cleanup"] {
         let bed = Bed::new(IptablesBackend::Nft);
         // Reading a table loads it, which is no trace of ours.
         bed.run("host", "iptables-nft -t mangle -S; iptables-nft -t nat -S");
@@ -556,13 +557,22 @@ async fn cleanup_and_the_deletion_of_the_object_leave_the_host_as_it_was() {
             "for name in default vproxy va vb; do sysctl -qw net.ipv4.conf.$name.rp_filter=1; done",
         );
         let before = bed.dump();
-        let (agent, _peer) = ready(&bed, 2).await;
+        let (agent, peer) = ready(&bed, 2).await;
         assert_ne!(before, bed.dump());
-        if by_deletion {
+        if way == "deletion" {
             agent.known.send_replace(Known::Absent);
             eventually("the host is as it was", || bed.dump() == before).await;
+        } else if way == "an agent that comes too late" {
+            drop((agent, peer));
+            let held = bed.dump();
+            let late = Agent::start(&bed, 2_000).await;
+            // The API server does not answer: that says nothing.
+            tokio::time::sleep(Duration::from_millis(1500)).await;
+            assert_eq!(held, bed.dump());
+            late.known.send_replace(Known::Absent);
+            eventually("the host is as it was", || bed.dump() == before).await;
         } else {
-            drop(agent);
+            drop((agent, peer));
             let socket = std::path::Path::new("/nonexistent/agent.sock");
             let root = std::path::Path::new("/proc/sys/net");
             assert!(

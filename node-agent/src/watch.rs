@@ -41,8 +41,14 @@ pub(crate) async fn watch(client: Client, node: String, known: watch::Sender<Kno
         .boxed();
     // What a list has brought so far; it counts when the list is complete.
     let mut listed = Known::Absent;
+    let mut seen = false;
     loop {
-        match changes.try_next().await {
+        let change = changes.try_next().await;
+        if let (Err(error), false) = (&change, seen) {
+            let says = unseen(error);
+            known.send_if_modified(|known| std::mem::replace(known, says.clone()) != says);
+        }
+        match change {
             Ok(Some(watcher::Event::Init)) => listed = Known::Absent,
             Ok(Some(watcher::Event::InitApply(object))) => listed = present(object),
             Ok(Some(watcher::Event::InitDone)) => {
@@ -52,9 +58,11 @@ pub(crate) async fn watch(client: Client, node: String, known: watch::Sender<Kno
                         "there is no AmbientNode of this node; the controller makes one"
                     );
                 }
+                seen |= listed.present().is_some();
                 known.send_replace(std::mem::take(&mut listed));
             }
             Ok(Some(watcher::Event::Apply(object))) => {
+                seen = true;
                 known.send_replace(present(object));
             }
             Ok(Some(watcher::Event::Delete(object))) => {
@@ -70,6 +78,40 @@ pub(crate) async fn watch(client: Client, node: String, known: watch::Sender<Kno
     }
 }
 
+/// What an error says of an object that this agent has never seen. Of a kind that the API server does not
+/// know there are none; any other error says nothing, whatever an answer before it said.
+fn unseen(error: &watcher::Error) -> Known {
+    use watcher::Error::{InitialListFailed, WatchStartFailed};
+    match error {
+        InitialListFailed(kube::Error::Api(status))
+        | WatchStartFailed(kube::Error::Api(status))
+            if status.is_not_found() =>
+        {
+            Known::Absent
+        }
+        _ => Known::Unread,
+    }
+}
+
 fn present(object: AmbientNode) -> Known {
     Known::Present(Arc::new(object))
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::core::Status;
+
+    use super::*;
+
+    #[test]
+    fn only_an_api_server_that_answers_can_say_that_there_is_none() {
+        let failed = |reason, code| {
+            let status = Status::failure("no", reason).with_code(code);
+            watcher::Error::InitialListFailed(kube::Error::Api(Box::new(status)))
+        };
+        assert_eq!(unseen(&failed("NotFound", 404)), Known::Absent);
+        assert_eq!(unseen(&failed("ServiceUnavailable", 503)), Known::Unread);
+        assert_eq!(unseen(&failed("Forbidden", 403)), Known::Unread);
+        assert_eq!(unseen(&watcher::Error::NoResourceVersion), Known::Unread);
+    }
 }
