@@ -140,22 +140,18 @@ impl Roster {
 
     /// The slot that a proxy has or could have without cutting what another carries.
     fn seat_for(&self, session: &Session) -> Option<Slot> {
-        let holder = |slot: Slot| self.seats[slot].and_then(|id| self.session(id));
-        let is_of_its_pod = |slot: &Slot| {
-            holder(*slot).is_some_and(|holder| holder.identity.pod_uid == session.identity.pod_uid)
+        let first =
+            |wanted: &dyn Fn(Slot) -> bool| Slot::BOTH.into_iter().find(|slot| wanted(*slot));
+        let is_of_its_pod = |slot| {
+            self.in_slot(slot)
+                .is_some_and(|holder| holder.identity.pod_uid == session.identity.pod_uid)
         };
-        let is_dead = |slot: &Slot| holder(*slot).is_some_and(|holder| !holder.connected);
-        let is_idle = |slot: &Slot| is_dead(slot) && self.seats[*slot] != self.current;
-        let mut slots = Slot::BOTH.into_iter();
+        let is_dead = |slot| self.in_slot(slot).is_some_and(|holder| !holder.connected);
         self.seat_of(session.id)
-            .or_else(|| slots.find(is_of_its_pod))
-            .or_else(|| {
-                Slot::BOTH
-                    .into_iter()
-                    .find(|slot| self.seats[*slot].is_none())
-            })
-            .or_else(|| Slot::BOTH.into_iter().find(is_idle))
-            .or_else(|| Slot::BOTH.into_iter().find(is_dead))
+            .or_else(|| first(&is_of_its_pod))
+            .or_else(|| first(&|slot| self.seats[slot].is_none()))
+            .or_else(|| first(&|slot| is_dead(slot) && self.seats[slot] != self.current))
+            .or_else(|| first(&is_dead))
     }
 
     fn seat_of(&self, id: SessionId) -> Option<Slot> {
@@ -164,17 +160,9 @@ impl Roster {
             .find(|slot| self.seats[*slot] == Some(id))
     }
 
-    /// The proxies that have a slot, in the order of the slots.
-    pub(crate) fn seated(&self) -> impl Iterator<Item = (Slot, &Session)> {
-        let seats = self.seats.taken();
-        seats.filter_map(|(slot, id)| Some((slot, self.session(*id)?)))
-    }
-
     /// The proxy of a slot.
     pub(crate) fn in_slot(&self, slot: Slot) -> Option<&Session> {
-        self.seated()
-            .find(|(seat, _)| *seat == slot)
-            .map(|(_, session)| session)
+        self.seats[slot].and_then(|id| self.session(id))
     }
 
     /// The proxy that is to take new connections.
@@ -261,4 +249,4 @@ pub(crate) fn listeners(ports: Ports) -> Vec<Listener> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -7,7 +7,7 @@ use hbone::Shared;
 use tokio::sync::watch;
 
 /// Where the proxy is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     /// It takes connections.
     Serving,

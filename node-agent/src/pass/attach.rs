@@ -1,12 +1,13 @@
 //! The step from the roster to the namespaces that the kernel is to work in.
 
+use std::error::Error;
+
 use crds::reasons;
-use datapath::PerSlot;
-use datapath::Slot;
-use datapath::attachment::{self, AttachError, Attachment};
+use datapath::attachment::{self, Attachment};
 use datapath::changes::Changes;
 use datapath::kernel::Kernel;
 use datapath::netns::Netns;
+use datapath::{PerSlot, Slot};
 
 use super::Node;
 use crate::failure::{Complaint, chain};
@@ -69,30 +70,24 @@ impl Node {
         let host = &self.host;
         let attachment = attachment::find(&host.netns, &seated.netns, &host.sysctl_root)
             .await
-            .map_err(|error: AttachError| Complaint::unusable(&error))?;
-        let unusable = |message| Complaint {
-            reason: reasons::PROXY_UNUSABLE,
-            message,
-        };
-        self.work_in(slot, seated)
-            .map_err(|error| unusable(chain(&*error)))?;
+            .map_err(|error| Complaint::unusable(&error))?;
+        self.work_in(slot, seated)?;
         Ok(attachment)
     }
 
     /// Makes a namespace the kernel's, and listens for changes of it.
-    fn work_in(
-        &mut self,
-        slot: Slot,
-        seated: &Seated,
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    fn work_in(&mut self, slot: Slot, seated: &Seated) -> Result<(), Complaint> {
         let is_same = self.attached[slot].as_ref().is_some_and(|attached| {
             attached.session == seated.session && attached.changes.is_listening()
         });
         let (Some(kernel), false) = (&mut self.kernel, is_same) else {
             return Ok(());
         };
-        kernel.attach(slot, seated.netns.clone())?;
-        let changes = Changes::listen(&seated.netns, self.wake.clone())?;
+        kernel
+            .attach(slot, seated.netns.clone())
+            .map_err(|error| unusable(&error))?;
+        let changes =
+            Changes::listen(&seated.netns, self.wake.clone()).map_err(|error| unusable(&error))?;
         self.attached[slot] = Some(Attached {
             session: seated.session,
             changes,
@@ -105,6 +100,13 @@ impl Node {
         if let Some(kernel) = &mut self.kernel {
             kernel.detach(slot);
         }
+    }
+}
+
+fn unusable(error: &dyn Error) -> Complaint {
+    Complaint {
+        reason: reasons::PROXY_UNUSABLE,
+        message: chain(error),
     }
 }
 

@@ -44,19 +44,21 @@ fn configure(uids: &[&str]) -> Configure {
     }
 }
 
+/// The report of every port that was told: it is bound.
+pub(crate) fn bound(told: &Configure) -> Vec<ListenerReport> {
+    let bound = |listener: &Listener| ListenerReport {
+        port: listener.port,
+        error: String::new(),
+    };
+    told.listeners.iter().map(bound).collect()
+}
+
 /// A report that says that all is well, for the generation last told.
 fn all_well(told: &Told) -> Report {
     let told = told.borrow().clone().unwrap();
     Report {
         generation: told.generation,
-        listeners: told
-            .listeners
-            .iter()
-            .map(|listener| ListenerReport {
-                port: listener.port,
-                error: String::new(),
-            })
-            .collect(),
+        listeners: bound(&told),
         workloads: told
             .workloads
             .iter()
@@ -178,10 +180,8 @@ fn comes(roster: &mut Roster, id: SessionId) -> Told {
 }
 
 fn seats(roster: &Roster) -> Vec<(Slot, SessionId)> {
-    roster
-        .seated()
-        .map(|(slot, session)| (slot, session.id))
-        .collect()
+    let seat = |slot| Some((slot, roster.in_slot(slot)?.id));
+    Slot::BOTH.into_iter().filter_map(seat).collect()
 }
 
 fn duty(told: &Told) -> Duty {

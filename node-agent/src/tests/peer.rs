@@ -15,8 +15,8 @@ use kube::{Client, Config};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use prost::Message;
 use protocol::node::{
-    AgentMessage, Configure, Duty, Hello, ListenerReport, ProxyMessage, Report, WorkloadReport,
-    WorkloadState, agent_message, proxy_message,
+    AgentMessage, Configure, Duty, Hello, ProxyMessage, Report, WorkloadReport, WorkloadState,
+    agent_message, proxy_message,
 };
 use serde_json::json;
 use tokio::net::UnixStream;
@@ -24,6 +24,7 @@ use tokio::sync::Notify;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
 use super::bed::{Bed, NEXT_PROXY, PROXY};
+use crate::roster::tests::bound;
 
 type Look = Box<dyn Fn() + Send>;
 
@@ -200,14 +201,7 @@ impl Shared {
         };
         let report = Report {
             generation: told.generation,
-            listeners: told
-                .listeners
-                .iter()
-                .map(|listener| ListenerReport {
-                    port: listener.port,
-                    error: String::new(),
-                })
-                .collect(),
+            listeners: bound(told),
             workloads: known.iter().map(workload).collect(),
             ending: state.ending,
         };

@@ -18,7 +18,7 @@ use agent::Agent;
 use controller::{Controller, authorization, resource, workload};
 use nix::sys::signal::Signal;
 use program::{Program, in_namespace};
-use protocol::node::{Duty, WorkloadState};
+use protocol::node::{Duty, Report, WorkloadState};
 use protocol::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
 
 const UID: &str = "11111111-2222-3333-4444-555555555555";
@@ -292,30 +292,36 @@ fn it_is_ready_only_while_new_connections_come_to_it() {
     });
 }
 
+/// Sends SIGTERM while a connection is open, which makes the drain last: it waits for its handshake.
+async fn told_to_end(program: &Program) -> tokio::net::TcpStream {
+    let open = tokio::net::TcpStream::connect("10.1.0.1:15008");
+    let open = open.await.unwrap();
+    program.signal(Signal::SIGTERM);
+    open
+}
+
+/// Whether each listener's error is such a one.
+fn every_listener(report: &Report, is_such: impl Fn(&str) -> bool) -> bool {
+    report
+        .listeners
+        .iter()
+        .all(|listener| is_such(&listener.error))
+}
+
 #[test]
 fn a_proxy_that_ends_listens_until_another_serves() {
     in_namespace(async |program| {
         let (mut agent, _controller) = ready(program).await;
-        let _open = tokio::net::TcpStream::connect("10.1.0.1:15008")
-            .await
-            .unwrap();
-        program.signal(Signal::SIGTERM);
+        let _open = told_to_end(program).await;
         let report = agent.report_where(|report| report.ending).await;
-        let bound = report
-            .listeners
-            .iter()
-            .all(|listener| listener.error.is_empty());
+        let bound = every_listener(&report, str::is_empty);
         assert!(bound && program.listens(15001).await, "{report:?}");
         agent
             .configure_for(Duty::Standby, 2, &[(UID, "web", "10.1.0.1")])
             .await;
-        let closed = |report: &protocol::node::Report| {
-            report
-                .listeners
-                .iter()
-                .all(|listener| !listener.error.is_empty())
-        };
-        agent.report_where(closed).await;
+        agent
+            .report_where(|report| every_listener(report, |error| !error.is_empty()))
+            .await;
         while program.listens(15001).await {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
@@ -327,17 +333,9 @@ fn a_proxy_that_ends_listens_until_another_serves() {
 fn while_it_drains_it_says_so_and_opens_nothing_again() {
     in_namespace(async |program| {
         let (mut agent, _controller) = ready(program).await;
-        // An open connection makes the drain last: this one waits for its handshake.
-        let _open = tokio::net::TcpStream::connect("10.1.0.1:15008")
-            .await
-            .unwrap();
-        program.signal(Signal::SIGTERM);
-        let ending = |report: &protocol::node::Report| {
-            report
-                .listeners
-                .iter()
-                .all(|listener| listener.error == "the proxy is ending")
-        };
+        let _open = told_to_end(program).await;
+        let ending =
+            |report: &Report| every_listener(report, |error| error == "the proxy is ending");
         agent.report_where(ending).await;
         agent.configure(2, &[(UID, "web", "10.1.0.1")]).await;
         let report = agent.report().await;
