@@ -1,6 +1,6 @@
 # Ambit's images, a target each: docker build --target controller -t ambit/controller .
 #
-#   compile ──▶ controller · node-agent · proxy · podtool (tests)
+#   compile ──▶ controller · node-agent (with ambit-cni) · proxy · podtool (tests)
 #
 # Programs already built come in with --build-arg PREBUILT=<folder of the build context>; COMPILER may
 # then be any image with a shell. They must be built on the Debian release that DEBIAN names.
@@ -17,6 +17,7 @@ RUN set -eu; \
     apt-get update; \
     apt-get install -y --no-install-recommends libclang-dev libipset-dev; \
     cargo build --release --locked --bins; \
+    cp $(tests/static-programs) /out; \
     cd target/release; \
     cp ambit-controller ambit-node-agent ambit-proxy podtool load /out
 
@@ -30,7 +31,7 @@ FROM docker.io/library/debian:${DEBIAN}-slim AS node-agent
 RUN apt-get update \
  && apt-get install -y --no-install-recommends iproute2 ipset iptables libipset13 \
  && rm -rf /var/cache/apt/* /var/lib/apt/lists/*
-COPY --from=compile /out/ambit-node-agent /usr/local/bin/
+COPY --from=compile /out/ambit-node-agent /out/ambit-cni /usr/local/bin/
 ENTRYPOINT ["/usr/local/bin/ambit-node-agent"]
 
 FROM docker.io/library/debian:${DEBIAN}-slim AS proxy

@@ -23,6 +23,14 @@ build: prerequisites ## the three programs, release profile
 test: prerequisites ## every ring of tests, lints first; ends with "N passed, N failed"
 	tests/run-rings
 
+.PHONY: soak
+soak: prerequisites ## what must hold again and again, as often as promised: hours; seed and report in target/soak
+	tests/run-soak
+
+.PHONY: fuzz
+fuzz: prerequisites ## an hour of a fuzzer for each target; a finding is in fuzz/artifacts
+	tests/run-fuzz 3600
+
 .PHONY: images
 images: prerequisites ## the container images, as archives that containerd imports; prints their paths
 	@tests/images

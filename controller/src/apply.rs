@@ -222,7 +222,12 @@ fn applied(node: &NodeName, owner: &str, state: &NodeState) -> Value {
         "apiVersion": api_version(),
         "kind": "AmbientNode",
         "metadata": metadata(node, owner),
-        "spec": {"workloads": state.workloads, "excluded": state.excluded},
+        "spec": {
+            "workloads": state.workloads,
+            "excluded": state.excluded,
+            "meshNamespaces": state.mesh_namespaces,
+            "outside": state.outside,
+        },
     })
 }
 
@@ -261,8 +266,11 @@ mod tests {
     fn a_write_holds_the_workloads_and_nothing_of_the_users_part() {
         let object = applied(&"n".into(), "uid", &NodeState::default());
         let spec = object["spec"].as_object().unwrap();
-        assert_eq!(spec.len(), 2);
-        assert!(spec.contains_key("workloads") && spec.contains_key("excluded"));
+        let fields: Vec<&str> = spec.keys().map(String::as_str).collect();
+        assert_eq!(
+            fields,
+            ["workloads", "excluded", "meshNamespaces", "outside"]
+        );
         assert_eq!(object["metadata"]["ownerReferences"][0]["uid"], "uid");
     }
 

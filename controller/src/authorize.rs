@@ -36,6 +36,12 @@ pub(crate) enum Refusal {
 }
 
 impl Permit {
+    /// What fuzz targets sign with.
+    #[cfg(fuzzing)]
+    pub(crate) fn of(identity: SpiffeId) -> Self {
+        Self { identity }
+    }
+
     pub(crate) fn identity(&self) -> &SpiffeId {
         &self.identity
     }

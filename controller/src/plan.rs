@@ -41,6 +41,8 @@ pub(crate) fn plan(
     };
     let current = written.workloads == state.workloads
         && written.excluded == state.excluded
+        && written.mesh_namespaces == state.mesh_namespaces
+        && written.outside == state.outside
         && written.owner.as_ref() == Some(&node.uid);
     if current || written.deleting {
         return None;
@@ -73,6 +75,8 @@ mod tests {
             ready_boot: None,
             workloads: state.workloads.clone(),
             excluded: state.excluded.clone(),
+            mesh_namespaces: state.mesh_namespaces.clone(),
+            outside: state.outside.clone(),
         }
     }
 
@@ -94,9 +98,11 @@ mod tests {
     fn other_workloads_or_another_owner_are_written_over() {
         let mut other = written(&state());
         other.workloads.clear();
+        let mut unguarded = written(&state());
+        unguarded.mesh_namespaces.clear();
         let mut orphan = written(&state());
         orphan.owner = Some("uid-of-an-older-node".into());
-        for written in [other, orphan] {
+        for written in [other, unguarded, orphan] {
             let change = plan(Some(&node("n1")), state(), Some(&written));
             assert!(matches!(change, Some(NodeChange::Apply { .. })));
         }

@@ -32,6 +32,8 @@ pub(crate) struct ClusterSnapshot {
 
     pod_uids: OrdMap<PodKey, PodUid>,
     pods_by_node: Index<NodeName, PodUid>,
+    /// Pods that are labelled themselves, by what the label says.
+    pods_by_mode: Index<(NamespaceName, Arc<str>), PodUid>,
     /// Without pods on the host's network: they share the node's address.
     pods_by_address: Index<IpAddr, PodUid>,
     slices_by_service: Index<ServiceKey, SliceKey>,
@@ -88,6 +90,18 @@ impl ClusterSnapshot {
 
     pub(crate) fn namespace(&self, name: &NamespaceName) -> Option<&Arc<Namespace>> {
         self.namespaces.get(name)
+    }
+
+    /// Namespaces that have this value of the enrolment label, or a pod that has.
+    pub(crate) fn namespaces_of_mode(&self, mode: &str) -> BTreeSet<&NamespaceName> {
+        let labelled = self.namespaces.values();
+        let labelled = labelled.filter(|namespace| namespace.mode.as_deref() == Some(mode));
+        let of_pods = self.pods_by_mode.keys();
+        let of_pods = of_pods.filter(|(_, of_pod)| **of_pod == *mode);
+        labelled
+            .map(|namespace| &namespace.name)
+            .chain(of_pods.map(|(name, _)| name))
+            .collect()
     }
 
     pub(crate) fn pod(&self, uid: &PodUid) -> Option<&Arc<Pod>> {
@@ -186,6 +200,16 @@ impl ClusterSnapshot {
         }
     }
 
+    /// Whether there are pods with the label of this one in its namespace.
+    fn has_pods_like(&self, pod: &Pod) -> bool {
+        mode_of(pod).is_some_and(|key| self.pods_by_mode.get(&key).next().is_some())
+    }
+
+    /// What every node is told of a namespace may differ.
+    fn touch_nodes(&self, touched: &mut Touched) {
+        touched.nodes.extend(self.nodes.keys().cloned());
+    }
+
     fn touch_service(&self, key: &ServiceKey, touched: &mut Touched) {
         touched.services.insert(key.clone());
         let slices = self.slices_by_service.get(key);
@@ -216,6 +240,12 @@ impl ClusterSnapshot {
 /// Addresses that are the pod's alone.
 fn claimed(pod: &Pod) -> &[IpAddr] {
     if pod.host_network { &[] } else { &pod.ips }
+}
+
+/// A pod's own label, with its namespace.
+fn mode_of(pod: &Pod) -> Option<(NamespaceName, Arc<str>)> {
+    let mode = pod.mode.clone()?;
+    Some((pod.key.namespace.clone(), mode))
 }
 
 // === impl Touched ===

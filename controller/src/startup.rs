@@ -144,6 +144,8 @@ mod tests {
             ready_boot: ready_boot.map(Into::into),
             workloads: Vec::new(),
             excluded: Vec::new(),
+            mesh_namespaces: Vec::new(),
+            outside: Vec::new(),
         }
     }
 

@@ -2,13 +2,17 @@
 //!
 //! The snapshot is the only cache: whole objects are many times larger than what matters of them.
 
+use std::time::Duration;
+
+use backon::ExponentialBuilder;
 use crds::AmbientNode;
 use futures::{Stream, StreamExt};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::core::PartialObjectMeta;
 use kube::runtime::WatchStreamExt;
-use kube::runtime::watcher::{Config, Error, Event, watcher};
+use kube::runtime::utils::{Backoff, ResetTimerBackoff};
+use kube::runtime::watcher::{Config, Error, Event, ExponentialBackoff, watcher};
 use kube::{Api, Client};
 use tokio::sync::mpsc;
 
@@ -77,6 +81,17 @@ pub(crate) fn watches(
     ]
 }
 
+/// Waits between attempts: what happened while the API server was away is known a few seconds after its return.
+pub(crate) fn backoff() -> impl Backoff {
+    let growing = ExponentialBuilder::new()
+        .with_min_delay(Duration::from_millis(500))
+        .with_max_delay(Duration::from_secs(5))
+        .with_jitter()
+        .without_max_times();
+    // A list that begins and fails again is no success.
+    ResetTimerBackoff::new(ExponentialBackoff::from(growing), Duration::from_mins(1))
+}
+
 /// Where the copies and the problems of one watch go.
 struct Sink {
     part: &'static str,
@@ -92,7 +107,7 @@ impl Sink {
         key: impl Fn(&T) -> N,
         wrap: impl Fn(Change<N, T>) -> Update,
     ) {
-        let mut events = std::pin::pin!(events.default_backoff());
+        let mut events = std::pin::pin!(events.backoff(backoff()));
         let mut listed = Vec::new();
         while let Some(event) = events.next().await {
             let change = match event {

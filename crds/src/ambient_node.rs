@@ -68,6 +68,18 @@ pub struct AmbientNodeSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 50))]
     pub excluded: Vec<WorkloadNote>,
+    /// Namespaces whose new pods are held back on this node until they are enrolled. Written by the
+    /// controller.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 10000), inner(length(max = 63)))]
+    #[schemars(extend("x-kubernetes-list-type" = "set"))]
+    pub mesh_namespaces: Vec<String>,
+    /// UIDs of the node's pods of these namespaces that stay out of the mesh: they are not held back.
+    /// Written by the controller.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 1000), inner(length(max = 64)))]
+    #[schemars(extend("x-kubernetes-list-type" = "set"))]
+    pub outside: Vec<String>,
 }
 
 /// The two tunnels between host and proxy.

@@ -28,7 +28,11 @@ pub const VERSION: &str = "v1alpha1";
 /// Namespace that Ambit's own programs run in.
 pub const SYSTEM_NAMESPACE: &str = "ambit-system";
 
-/// Field manager of the controller: owns `spec.workloads`.
+/// Namespaces whose pods are never held back: the mesh itself needs them (DNS, CNI, kube-proxy) before it
+/// can carry anybody. So it is with [`SYSTEM_NAMESPACE`], whatever it is called.
+pub const UNHELD_NAMESPACES: [&str; 1] = ["kube-system"];
+
+/// Field manager of the controller: owns `spec.workloads`, `excluded`, `meshNamespaces` and `outside`.
 pub const CONTROLLER_MANAGER: &str = "ambit-controller";
 
 /// Field manager of the node agent: owns `status`.

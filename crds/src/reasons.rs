@@ -45,6 +45,9 @@ pub const IPVS_UNSUPPORTED: &str = "IpvsUnsupported";
 pub const EBPF_DATA_PATH: &str = "EbpfDataPath";
 /// A rule, for example of Calico, drops what the proxy sends from pods' addresses.
 pub const SOURCE_CHECK: &str = "SourceCheck";
+/// The plugin that holds new pods back is not in the host's CNI chain; while the condition is true, new
+/// pods talk directly until they are enrolled.
+pub const NEW_PODS_NOT_HELD: &str = "NewPodsNotHeld";
 /// The node does not forward packets.
 pub const FORWARDING_DISABLED: &str = "ForwardingDisabled";
 /// The agent cannot write below `/proc/sys/net`.

@@ -43,6 +43,8 @@ pub(crate) struct AgentArguments {
     pub(crate) proxy_service_account: String,
     #[command(flatten)]
     pub(crate) names: NamesArguments,
+    #[command(flatten)]
+    pub(crate) plugin: PluginArguments,
     /// Where /healthz, /readyz and /metrics are served: the first of these that can be listened on.
     #[arg(
         long,
@@ -51,6 +53,36 @@ pub(crate) struct AgentArguments {
         default_value = "[::]:15022,0.0.0.0:15022"
     )]
     pub(crate) health_listen: Vec<SocketAddr>,
+}
+
+/// Whether and how new pods are held back until they are enrolled.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Holding new pods back until they are enrolled")]
+pub(crate) struct PluginArguments {
+    /// Whether they are.
+    #[arg(
+        long,
+        env = "HOLD_NEW_PODS",
+        default_value_t = true,
+        action = clap::ArgAction::Set
+    )]
+    pub(crate) hold_new_pods: bool,
+    /// Where the container runtime takes CNI programs from (its bin_dir). Without it the host's CNI chain
+    /// is left alone.
+    #[arg(long, env = "CNI_BIN_DIR", requires = "cni_conf_dir")]
+    pub(crate) cni_bin_dir: Option<PathBuf>,
+    /// Where the container runtime reads CNI configurations (its conf_dir).
+    #[arg(long, env = "CNI_CONF_DIR", requires = "cni_bin_dir")]
+    pub(crate) cni_conf_dir: Option<PathBuf>,
+    /// The plugin's program, to be copied there.
+    #[arg(long, env = "CNI_PROGRAM", default_value = "/usr/local/bin/ambit-cni")]
+    pub(crate) cni_program: PathBuf,
+    /// File of orders for the plugin, here as on the host.
+    #[arg(long, env = "GUARD_ORDERS", default_value = guard::ORDERS)]
+    pub(crate) orders: PathBuf,
+    /// Folder of the plugin's records, here as on the host.
+    #[arg(long, env = "GUARD_RECORDS", default_value = guard::RECORDS)]
+    pub(crate) records: PathBuf,
 }
 
 /// What Ambit's own is called in the host's kernel: another installation on the same nodes needs
@@ -73,7 +105,7 @@ pub(crate) struct NamesArguments {
     /// First of three route tables in a row.
     #[arg(long, env = "FIRST_TABLE", default_value_t = 100)]
     first_table: u32,
-    /// First of six priorities of ip rules in a row.
+    /// First of six priorities of ip rules in a row; the one before it holds new pods back.
     #[arg(long, env = "FIRST_PRIORITY", default_value_t = 100)]
     first_priority: u32,
 }

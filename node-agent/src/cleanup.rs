@@ -12,6 +12,9 @@ use datapath::names::Names;
 use datapath::netns::Netns;
 use datapath::pod_devices::HostDevices;
 use datapath::{Datapath, Item, plan};
+use guard::record::{self, RecordError};
+
+use crate::plugin::{Plugin, PluginError};
 
 /// The value that the data path gives to `rp_filter` of the host's devices.
 const LOOSE: &str = "2";
@@ -28,6 +31,12 @@ pub(crate) enum CleanupError {
     /// A step failed.
     #[error("remove what is left of Ambit")]
     Apply(#[from] ApplyError),
+    /// The plugin cannot be taken out of the host's CNI chain.
+    #[error("take the plugin out of the host's CNI chain")]
+    Plugin(#[from] PluginError),
+    /// The records of pods that were held cannot be removed.
+    #[error("remove the records of pods that were held back")]
+    Records(#[from] RecordError),
     /// The socket cannot be removed.
     #[error("remove {}", .0.display())]
     Socket(PathBuf, #[source] io::Error),
@@ -39,8 +48,9 @@ pub(crate) async fn cleanup(
     sysctl_root: &Path,
     socket: &Path,
     names: &Names,
+    plugin: &mut Plugin,
 ) -> Result<usize, CleanupError> {
-    let steps = sweep(host, sysctl_root, names).await?;
+    let steps = sweep(host, sysctl_root, names, plugin).await?;
     match std::fs::remove_file(socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(CleanupError::Socket(socket.to_owned(), error))
@@ -54,7 +64,10 @@ pub(crate) async fn sweep(
     host: Netns,
     sysctl_root: &Path,
     names: &Names,
+    plugin: &mut Plugin,
 ) -> Result<usize, CleanupError> {
+    // First, so that nobody is held after holds were looked for.
+    plugin.withdraw()?;
     let (facts, others) = facts::find(&host, names, Earlier::default()).await?;
     let kernel = |backend| {
         LinuxKernel::in_namespace(host.clone(), backend, sysctl_root.to_owned(), names.clone())
@@ -69,7 +82,17 @@ pub(crate) async fn sweep(
             .await?;
         }
     }
-    Ok(steps + remove(&host, &kernel(facts.iptables)?, |_| true).await?)
+    steps += remove(&host, &kernel(facts.iptables)?, |_| true).await?;
+    forget(plugin)?;
+    Ok(steps)
+}
+
+/// Removes the records of pods that were held.
+pub(crate) fn forget(plugin: &Plugin) -> Result<(), RecordError> {
+    let records = record::all(plugin.records())?;
+    records
+        .iter()
+        .try_for_each(|record| record.remove(plugin.records()))
 }
 
 /// Removes what the kernel holds of ours and `which` takes; how many steps that took.

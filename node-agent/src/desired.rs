@@ -42,6 +42,10 @@ pub(crate) struct Wanted {
     /// Workloads that cannot be enrolled whatever the proxy does.
     pub(crate) unusable: Vec<WorkloadNote>,
     pub(crate) excluded: Vec<WorkloadNote>,
+    /// Namespaces whose new pods wait for their enrolment.
+    pub(crate) held_namespaces: BTreeSet<String>,
+    /// UIDs of pods of these that need not wait.
+    pub(crate) outside: BTreeSet<String>,
 }
 
 /// A pod to be carried.
@@ -84,6 +88,8 @@ pub(crate) fn parse(spec: &AmbientNodeSpec) -> Result<Wanted, InvalidSpec> {
         pods,
         unusable,
         excluded: spec.excluded.clone(),
+        held_namespaces: held_namespaces(spec),
+        outside: spec.outside.iter().cloned().collect(),
     })
 }
 
@@ -123,6 +129,14 @@ pub(crate) fn input(
             .flat_map(|pod| pod.ips.iter().map(|ip| MeshPod { ip: *ip }))
             .collect(),
         pod_devices: pod_devices.clone(),
+    }
+}
+
+/// Where pods may talk directly without a proxy, they may do so before they are enrolled.
+fn held_namespaces(spec: &AmbientNodeSpec) -> BTreeSet<String> {
+    match spec.failure_mode {
+        crds::FailureMode::Closed => spec.mesh_namespaces.iter().cloned().collect(),
+        crds::FailureMode::Open => BTreeSet::new(),
     }
 }
 

@@ -59,6 +59,11 @@ impl Failure {
         }
     }
 
+    /// The files between the agent and the plugin that holds new pods back.
+    pub(crate) fn plugin(error: &dyn Error) -> Self {
+        Self::redirection(reasons::NEW_PODS_NOT_HELD, chain(error))
+    }
+
     /// What is in the way and so bad; all of it in words, by the reason of the first.
     pub(crate) fn obstacles(obstacles: &[Obstacle], severity: Severity) -> Option<Self> {
         let found: Vec<&Obstacle> = obstacles

@@ -15,7 +15,7 @@ use prometheus_client::registry::Registry;
 
 use crate::report::Outcome;
 
-/// A loop that has not turned for so long hangs: it turns every 30 s at least.
+/// A loop that has not turned for so long hangs: it turns every 20 s at least.
 const HANGS_AFTER: Duration = Duration::from_secs(120);
 
 /// Upper bounds of the time of a pass in seconds.

@@ -94,6 +94,11 @@ impl Enrolment {
             .collect();
     }
 
+    /// The pods that the kernel holds.
+    pub(crate) fn pods(&self) -> impl Iterator<Item = &Pod> {
+        self.enrolled.values()
+    }
+
     /// UIDs of the workloads that the kernel holds.
     pub(crate) fn uids(&self) -> BTreeSet<String> {
         self.enrolled.keys().cloned().collect()

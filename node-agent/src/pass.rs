@@ -23,6 +23,7 @@ use crate::desired::{self, Pod, Wanted};
 use crate::failure::Failure;
 use crate::metrics::Metrics;
 use crate::order::{self, Enrolment};
+use crate::plugin::Plugin;
 use crate::pod_devices::PodDevices;
 use crate::report::{Outcome, ProxyState, WorkloadOutcome};
 use crate::roster::{self, Progress, Roster};
@@ -34,6 +35,7 @@ use mend::Progressed;
 /// What the agent knows of its node from pass to pass.
 pub(crate) struct Node {
     host: Host,
+    plugin: Plugin,
     metrics: Arc<Metrics>,
     wake: mpsc::Sender<()>,
     started: Instant,
@@ -51,9 +53,15 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    pub(crate) fn new(host: Host, metrics: Arc<Metrics>, wake: mpsc::Sender<()>) -> Self {
+    pub(crate) fn new(
+        host: Host,
+        plugin: Plugin,
+        metrics: Arc<Metrics>,
+        wake: mpsc::Sender<()>,
+    ) -> Self {
         Self {
             host,
+            plugin,
             metrics,
             wake,
             started: Instant::now(),
@@ -70,7 +78,7 @@ impl Node {
 
     /// Listens for changes of the host's namespace.
     pub(crate) fn listen(&self) -> std::io::Result<Changes> {
-        Changes::listen(&self.host.netns, self.wake.clone())
+        Changes::listen_with_sets(&self.host.netns, &self.host.names, self.wake.clone())
     }
 
     /// How long a pass may still have to wait for the proxy.
@@ -95,6 +103,7 @@ impl Node {
                 self.survey.facts().cloned(),
             ));
         };
+        let not_held = self.plugin.maintain(&wanted, &self.host.names, full);
         roster.choose(wanted.ports, &self.enrolled());
         let (proxy, attachments) = self.attach(roster).await;
         self.tell(&wanted, roster);
@@ -106,13 +115,38 @@ impl Node {
                 Err(failure) => Some(failure),
             },
         };
+        if failure.is_some() {
+            self.release(&wanted).await;
+        }
         // Who has left the kernel may leave the proxy.
         self.tell(&wanted, roster);
-        Some(self.outcome(object, invalid_spec, proxy, failure, roster, &wanted))
+        let mut outcome = self.outcome(object, invalid_spec, proxy, failure, roster, &wanted);
+        outcome.warning = outcome.warning.or(not_held);
+        Some(outcome)
+    }
+
+    /// Lets every pod go, the first step of a removal: their new connections are their own, and what the
+    /// proxies carry goes on. Whether there was anybody.
+    pub(crate) async fn let_go(&mut self, roster: &mut Roster) -> Result<bool, Failure> {
+        let anybody = !self.enrolled().is_empty();
+        let Some(before) = self.wanted.clone().filter(|_| anybody) else {
+            return Ok(false);
+        };
+        let mut nobody = Wanted::clone(&before);
+        nobody.pods.clear();
+        let nobody = Arc::new(nobody);
+        self.wanted = Some(nobody.clone());
+        let (_, attachments) = self.attach(roster).await;
+        self.mend(&nobody, roster, &attachments, false).await?;
+        self.tell(&nobody, roster);
+        Ok(true)
     }
 
     /// Removes all of it: the AmbientNode is gone.
     pub(crate) async fn remove(&mut self, roster: &mut Roster) -> Result<(), Failure> {
+        // First, so that nobody is held after holds were looked for.
+        let withdrawn = self.plugin.withdraw();
+        withdrawn.map_err(|error| Failure::plugin(&error))?;
         self.survey(false, None).await?;
         let interest = self.desired.clone();
         let Some(kernel) = &self.kernel else {
@@ -127,6 +161,8 @@ impl Node {
             .apply(&steps)
             .await
             .map_err(|error| Failure::from(&error))?;
+        let forgotten = cleanup::forget(&self.plugin);
+        forgotten.map_err(|error| Failure::plugin(&error))?;
         (self.desired, self.wanted, self.enrolment) = (Datapath::default(), None, None);
         roster.settle(None);
         roster.tell(&Configure::default());
@@ -134,13 +170,20 @@ impl Node {
     }
 
     /// Removes what an earlier agent left; how many steps that took.
-    pub(crate) async fn sweep(&self) -> Result<usize, CleanupError> {
+    pub(crate) async fn sweep(&mut self) -> Result<usize, CleanupError> {
         let Host {
             netns,
             sysctl_root,
             names,
         } = &self.host;
-        cleanup::sweep(netns.clone(), sysctl_root, names).await
+        cleanup::sweep(netns.clone(), sysctl_root, names, &mut self.plugin).await
+    }
+
+    /// Wakes the agent when the host's CNI chain changes; the tick makes up for it where it cannot.
+    pub(crate) fn watch_plugin(&self) {
+        if let Err(errno) = self.plugin.watch(self.wake.clone()) {
+            tracing::warn!("watch the host's CNI chain: {errno}; it is looked at every 20 s");
+        }
     }
 
     /// Takes the spec over if it can be used; else says why not.

@@ -7,15 +7,16 @@ use datapath::changes::Changes;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
-use crate::failure::chain;
+use crate::failure::{Failure, chain};
 use crate::metrics::Metrics;
 use crate::pass::Node;
 use crate::report::Outcome;
 use crate::roster::{Roster, SessionEvent};
 use crate::watch::Known;
 
-/// Time between two full passes: what has no notification (iptables, ipset) is mended within it.
-const FULL: Duration = Duration::from_secs(30);
+/// Time between two full passes: what gives no notice (iptables, settings) is mended within it, and so within the 30 s
+/// that are promised, however long a pass takes.
+const FULL: Duration = Duration::from_secs(20);
 
 /// Changes of the kernel come in swarms; a pass waits for the swarm to pass by.
 const SWARM: Duration = Duration::from_millis(30);
@@ -23,6 +24,9 @@ const SWARM: Duration = Duration::from_millis(30);
 /// How long the API server must have said that there is no AmbientNode before what an earlier agent left
 /// counts as not wanted. A controller makes a missing one at once.
 pub(crate) const ABANDONED_AFTER: Duration = Duration::from_secs(60);
+
+/// How long a removal lets connections go on that pods have opened before they left: most are short.
+const PARTING: Duration = Duration::from_secs(1);
 
 /// Time from a pass that failed to the next; doubled with each failure up to [`FULL`].
 const FIRST_RETRY: Duration = Duration::from_millis(500);
@@ -34,6 +38,8 @@ pub(crate) struct Inputs {
     pub(crate) wakes: mpsc::Receiver<()>,
     /// [`ABANDONED_AFTER`], but for tests.
     pub(crate) abandoned_after: Duration,
+    /// Whether a removal is under way, which an agent that is told to end brings to its end.
+    pub(crate) removing: watch::Sender<bool>,
 }
 
 /// Runs until one of the inputs ends.
@@ -44,6 +50,7 @@ pub(crate) async fn run(
     outcomes: watch::Sender<Option<Outcome>>,
     metrics: Arc<Metrics>,
 ) {
+    node.watch_plugin();
     let mut changes: Option<Changes> = None;
     let mut schedule = Schedule::new();
     let mut existed = false;
@@ -86,22 +93,24 @@ pub(crate) async fn run(
                 }
             }
             // Deleted before this agent's eyes.
-            Known::Absent if existed => match node.remove(&mut roster).await {
-                Ok(()) => {
-                    existed = false;
-                    outcomes.send_replace(None);
-                    schedule.done(full);
-                    tracing::info!("the AmbientNode is gone, and the data path with it");
+            Known::Absent if existed => {
+                match remove(&mut node, &mut roster, &inputs.removing).await {
+                    Ok(()) => {
+                        existed = false;
+                        outcomes.send_replace(None);
+                        schedule.done(full);
+                        tracing::info!("the AmbientNode is gone, and the data path with it");
+                    }
+                    Err(failure) => {
+                        tracing::warn!(
+                            reason = failure.reason,
+                            "remove the data path: {}",
+                            failure.message
+                        );
+                        schedule.after(full, false);
+                    }
                 }
-                Err(failure) => {
-                    tracing::warn!(
-                        reason = failure.reason,
-                        "remove the data path: {}",
-                        failure.message
-                    );
-                    schedule.after(full, false);
-                }
-            },
+            }
             Known::Absent if absence.is_due(Instant::now(), inputs.abandoned_after) => {
                 match node.sweep().await {
                     Ok(steps) => {
@@ -127,6 +136,28 @@ pub(crate) async fn run(
     }
 }
 
+/// Removes the data path in two steps: at first the pods, so that what is open comes to its end.
+async fn remove(
+    node: &mut Node,
+    roster: &mut Roster,
+    removing: &watch::Sender<bool>,
+) -> Result<(), Failure> {
+    removing.send_replace(true);
+    match node.let_go(roster).await {
+        Ok(true) => tokio::time::sleep(PARTING).await,
+        Ok(false) => {}
+        // All of it is removed anyway.
+        Err(failure) => tracing::warn!(
+            reason = failure.reason,
+            "let the pods go: {}",
+            failure.message
+        ),
+    }
+    let removed = node.remove(roster).await;
+    removing.send_replace(false);
+    removed
+}
+
 /// Waits for something to happen; false when nothing can happen any more.
 async fn wait(inputs: &mut Inputs, roster: &mut Roster, next: Instant) -> bool {
     let Inputs {
@@ -134,6 +165,7 @@ async fn wait(inputs: &mut Inputs, roster: &mut Roster, next: Instant) -> bool {
         sessions,
         wakes,
         abandoned_after: _,
+        removing: _,
     } = inputs;
     tokio::select! {
         changed = known.changed() => if changed.is_err() { return false },

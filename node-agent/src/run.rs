@@ -1,7 +1,7 @@
 //! Wires the parts together; the only file that knows them all.
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use datapath::names::Names;
@@ -16,6 +16,7 @@ use tracing_subscriber::EnvFilter;
 use crate::args::{AgentArguments, Arguments, Command};
 use crate::metrics::Metrics;
 use crate::pass::Node;
+use crate::plugin::Plugin;
 use crate::reconcile::Inputs;
 use crate::roster::Roster;
 use crate::session::{Doorman, Expected};
@@ -25,6 +26,9 @@ use crate::{cleanup, health, publish, reconcile, session, watch as object};
 
 /// Messages of connections that may wait for the loop.
 const SESSION_QUEUE: usize = 64;
+
+/// How long an agent that is told to end may take to finish a removal; kubelet waits ten seconds.
+const REMOVAL_LIMIT: Duration = Duration::from_secs(8);
 
 /// What is logged: `RUST_LOG`, or what matters to people.
 pub(crate) fn log_filter() -> EnvFilter {
@@ -44,7 +48,9 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     match arguments.command {
         Some(Command::Cleanup) => {
             let names = agent.names.check()?;
-            let removed = cleanup::cleanup(Netns::own(), &agent.sysctl_root, &agent.socket, &names);
+            let mut plugin = Plugin::new(agent.plugin, agent.namespace);
+            let (sysctls, socket) = (&agent.sysctl_root, &agent.socket);
+            let removed = cleanup::cleanup(Netns::own(), sysctls, socket, &names, &mut plugin);
             let steps = runtime.block_on(removed)?;
             tracing::info!(
                 steps,
@@ -71,10 +77,11 @@ async fn serve(arguments: AgentArguments) -> Result<()> {
     let client = Client::try_default()
         .await
         .context("find the API server (in a pod: the service account's token; else KUBECONFIG)")?;
-    let mut parts = start(arguments, client).await?;
+    let (removing, removal) = watch::channel(false);
+    let mut parts = start(arguments, client, removing).await?;
     tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
+        _ = terminate.recv() => finish(removal).await,
+        _ = interrupt.recv() => finish(removal).await,
         ended = parts.join_next() => {
             let what = ended.transpose().context("a part of the agent died")?;
             anyhow::bail!("the agent's {} ended", what.unwrap_or("parts"))
@@ -82,8 +89,21 @@ async fn serve(arguments: AgentArguments) -> Result<()> {
     }
 }
 
+/// Brings a removal that is under way to its end.
+async fn finish(mut removal: watch::Receiver<bool>) -> Result<()> {
+    let over = removal.wait_for(|removing| !removing);
+    let over = tokio::time::timeout(REMOVAL_LIMIT, over).await;
+    // Its sender ends only with the loop, and then there is nothing to wait for.
+    over.context("what was to be removed from this node is not: run ambit-node-agent cleanup")
+        .map(drop)
+}
+
 /// Starts every part.
-async fn start(arguments: AgentArguments, client: Client) -> Result<JoinSet<&'static str>> {
+async fn start(
+    arguments: AgentArguments,
+    client: Client,
+    removing: watch::Sender<bool>,
+) -> Result<JoinSet<&'static str>> {
     let names = arguments.names.clone().check()?;
     let metrics = Arc::new(Metrics::new());
     let listener = TcpListener::bind(&arguments.health_listen[..])
@@ -106,12 +126,14 @@ async fn start(arguments: AgentArguments, client: Client) -> Result<JoinSet<&'st
         sysctl_root: arguments.sysctl_root,
         names,
     };
-    let node = Node::new(host, metrics.clone(), wake);
+    let plugin = Plugin::new(arguments.plugin, arguments.namespace);
+    let node = Node::new(host, plugin, metrics.clone(), wake);
     let inputs = Inputs {
         known: known.clone(),
         sessions,
         wakes,
         abandoned_after: reconcile::ABANDONED_AFTER,
+        removing,
     };
     let roster = Roster::new(first_generation());
     tracing::info!(node = node_name, "the agent starts");

@@ -6,7 +6,7 @@
 //! ```
 
 mod admit;
-mod frame;
+pub(crate) mod frame;
 mod hello;
 
 use std::io;

@@ -51,7 +51,6 @@ impl Survey {
         let earlier = Earlier {
             backend: self.facts().map(|facts| facts.iptables).or(kept),
             others: self.found.as_ref().map(|(_, others)| others),
-            hindered: self.is_hindered(),
         };
         let found = facts::find(&host.netns, &host.names, earlier)
             .await

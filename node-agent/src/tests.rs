@@ -3,10 +3,11 @@
 
 #[path = "../datapath/tests/bed/mod.rs"]
 mod bed;
+mod holds;
 mod limits;
 mod peer;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,10 +23,12 @@ use bed::foreign::CILIUM_MARKS;
 use bed::{Bed, PODS};
 use peer::Peer;
 
+use crate::args::PluginArguments;
 use crate::cleanup::cleanup;
 use crate::desired::tests::{spec, workload};
 use crate::metrics::Metrics;
 use crate::pass::Node;
+use crate::plugin::Plugin;
 use crate::reconcile::{self, Inputs};
 use crate::report::{Outcome, report};
 use crate::roster::Roster;
@@ -43,6 +46,26 @@ struct Agent {
     socket: PathBuf,
     _folder: tempfile::TempDir,
     _parts: JoinSet<()>,
+}
+
+const CNI_LIST: &str = r#"{"cniVersion": "1.0.0", "name": "bed", "plugins": [{"type": "ptp"}]}"#;
+
+/// The plugin of a host whose CNI chain is in this folder.
+fn plugin(folder: &Path) -> Plugin {
+    for (name, text) in [("cni-programs/ptp", ""), ("cni/10-ptp.conflist", CNI_LIST)] {
+        let path = folder.join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+    let arguments = PluginArguments {
+        hold_new_pods: true,
+        cni_bin_dir: Some(folder.join("cni-programs")),
+        cni_conf_dir: Some(folder.join("cni")),
+        cni_program: PathBuf::from("/bin/true"),
+        orders: folder.join("guard.json"),
+        records: folder.join("held"),
+    };
+    Plugin::new(arguments, "ambit-system".to_owned())
 }
 
 impl Agent {
@@ -70,12 +93,13 @@ impl Agent {
             sysctl_root: PathBuf::from("/proc/sys/net"),
             names: Names::default(),
         };
-        let node = Node::new(host, metrics.clone(), wake);
+        let node = Node::new(host, plugin(folder.path()), metrics.clone(), wake);
         let inputs = Inputs {
             known: known_receiver,
             sessions,
             wakes,
             abandoned_after: Duration::from_secs(1),
+            removing: watch::Sender::new(false),
         };
         let mut parts = JoinSet::new();
         let listener = session::bind(&socket).unwrap();
@@ -573,12 +597,19 @@ async fn cleanup_and_the_deletion_of_the_object_leave_the_host_as_it_was() {
             eventually("the host is as it was", || bed.dump() == before).await;
         } else {
             drop((agent, peer));
+            let folder = tempfile::tempdir().unwrap();
             let socket = std::path::Path::new("/nonexistent/agent.sock");
             let root = std::path::Path::new("/proc/sys/net");
             assert!(
-                cleanup(bed.netns("host"), root, socket, &Names::default())
-                    .await
-                    .unwrap()
+                cleanup(
+                    bed.netns("host"),
+                    root,
+                    socket,
+                    &Names::default(),
+                    &mut plugin(folder.path()),
+                )
+                .await
+                .unwrap()
                     > 0
             );
             assert_eq!(before, bed.dump());

@@ -2,9 +2,13 @@
 //! last counts.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use backon::ExponentialBuilder;
 use crds::AmbientNode;
 use futures::{StreamExt, TryStreamExt};
+use kube::runtime::utils::{Backoff, ResetTimerBackoff};
+use kube::runtime::watcher::ExponentialBackoff;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, ResourceExt};
 use tokio::sync::watch;
@@ -33,11 +37,22 @@ impl Known {
     }
 }
 
+/// Waits between attempts, short enough that a node does not lag behind after the API server's return.
+fn backoff() -> impl Backoff {
+    let growing = ExponentialBuilder::new()
+        .with_min_delay(Duration::from_millis(500))
+        .with_max_delay(Duration::from_secs(10))
+        .with_jitter()
+        .without_max_times();
+    // A list that begins and fails again is no success.
+    ResetTimerBackoff::new(ExponentialBackoff::from(growing), Duration::from_mins(1))
+}
+
 /// Watches for ever.
 pub(crate) async fn watch(client: Client, node: String, known: watch::Sender<Known>) {
     let only_this = watcher::Config::default().fields(&format!("metadata.name={node}"));
     let mut changes = watcher(Api::<AmbientNode>::all(client), only_this)
-        .default_backoff()
+        .backoff(backoff())
         .boxed();
     // What a list has brought so far; it counts when the list is complete.
     let mut listed = Known::Absent;

@@ -5,11 +5,14 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::cluster::setting;
 use crate::command;
 use crate::wait::eventually;
+
+/// So many packets that should not be are told.
+const TOLD: usize = 20;
 
 /// The filter for TCP from and to any of these addresses.
 #[must_use]
@@ -102,6 +105,18 @@ impl Captured {
         Ok(bytes
             .windows(needle.len())
             .any(|window| window == needle.as_bytes()))
+    }
+
+    /// Fails if anything went another way than to the proxies' port for HBONE, or if the marker can be read.
+    ///
+    /// # Errors
+    /// If that is so, or the capture cannot be read.
+    pub fn ensure_encrypted(&self, marker: &str) -> Result<()> {
+        ensure!(!self.contains(marker)?, "the marker is on the wire");
+        let clear = self.packets("not tcp port 15008")?;
+        let first = &clear[..clear.len().min(TOLD)];
+        ensure!(clear.is_empty(), "not encrypted: {first:#?}");
+        Ok(())
     }
 
     /// One line a packet that `filter` lets through.

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::command::{self, Outcome};
@@ -137,17 +137,15 @@ impl Cluster {
         self.wait_mesh_ready(Duration::from_secs(90)).map(drop)
     }
 
-    /// Waits until the AmbientNodes of all nodes are Ready; how long it took.
+    /// Waits until the AmbientNodes of all nodes are Ready, as they are now; how long it took.
     ///
     /// # Errors
     /// If one is not within `limit`.
     pub fn wait_mesh_ready(&self, limit: Duration) -> Result<Duration> {
         eventually(limit, "mesh ready", || {
             for node in self.nodes()? {
-                let ready = self.condition(&node, "Ready")?;
-                if ready["status"] != "True" {
-                    bail!("{node}: {ready}");
-                }
+                let object = self.ambient_node(&node)?;
+                ensure!(is_ready(&object), "{node}: {}", summary(&object));
             }
             Ok(())
         })
@@ -168,14 +166,7 @@ impl Cluster {
     /// If the AmbientNode does not exist.
     pub fn condition(&self, node: &str, kind: &str) -> Result<Value> {
         let object = self.ambient_node(node)?;
-        let conditions = object["status"]["conditions"]
-            .as_array()
-            .cloned()
-            .unwrap_or_default();
-        Ok(conditions
-            .into_iter()
-            .find(|condition| condition["type"] == kind)
-            .unwrap_or_default())
+        Ok(condition_of(&object, kind).cloned().unwrap_or_default())
     }
 
     /// Waits until a condition of `node` has this status and reason; its message.
@@ -272,6 +263,18 @@ impl Cluster {
         self.pod_on(SYSTEM, &format!("app.kubernetes.io/name={program}"), node)
     }
 
+    /// The pod of the controller that leads, as its lease says.
+    ///
+    /// # Errors
+    /// If nobody does.
+    pub fn leader(&self) -> Result<String> {
+        let path = "jsonpath={.spec.holderIdentity}";
+        let leader =
+            self.kubectl(&["-n", SYSTEM, "get", "lease", "ambit-controller", "-o", path])?;
+        ensure!(!leader.is_empty(), "nobody leads");
+        Ok(leader)
+    }
+
     /// Runs a command in a pod; a failure is part of the outcome.
     ///
     /// # Errors
@@ -329,15 +332,31 @@ fn wants_mesh(pod: &Value) -> bool {
     pod["spec"]["hostNetwork"] != true && pod["metadata"]["labels"][MODE_LABEL] != "none"
 }
 
+/// Whether an AmbientNode's status speaks of its spec as it is now.
+fn is_settled(node: &Value) -> bool {
+    node["status"]["observedGeneration"] == node["metadata"]["generation"]
+}
+
+/// One condition of an AmbientNode, if it is there.
+fn condition_of<'a>(node: &'a Value, kind: &str) -> Option<&'a Value> {
+    let conditions = node["status"]["conditions"].as_array()?;
+    conditions
+        .iter()
+        .find(|condition| condition["type"] == kind)
+}
+
+fn is_ready(node: &Value) -> bool {
+    let ready = condition_of(node, "Ready");
+    is_settled(node) && ready.is_some_and(|ready| ready["status"] == "True")
+}
+
 /// Whether an AmbientNode's status speaks of its present spec and has this pod in the mesh.
 fn enrolled(node: &Value, uid: &Value) -> bool {
     let has = |list: &Value| {
         let entries = list.as_array().into_iter().flatten();
         entries.into_iter().any(|entry| entry["uid"] == *uid)
     };
-    node["status"]["observedGeneration"] == node["metadata"]["generation"]
-        && has(&node["spec"]["workloads"])
-        && !has(&node["status"]["pending"])
+    is_settled(node) && has(&node["spec"]["workloads"]) && !has(&node["status"]["pending"])
 }
 
 /// What an AmbientNode says, in short.

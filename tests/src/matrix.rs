@@ -1,12 +1,12 @@
-//! What every scenario is tried in: both families, both nodes as the one it starts from (their rules are in different
-//! backends of iptables), and every reverse-path filter that a node may have.
+//! What every scenario is tried in: the cluster's families, both nodes as the one it starts from (their rules are in
+//! different backends of iptables), and every reverse-path filter that a node may have.
 
 use std::fmt;
 use std::net::IpAddr;
 
 use anyhow::{Result, bail, ensure};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, setting};
 use crate::guard::Undo;
 use crate::stage::{NODE_1, NODE_2};
 
@@ -20,7 +20,19 @@ pub enum Family {
 }
 
 /// Both of them.
-pub const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+
+/// Those that the cluster's pods and Services have; the first is that of a Service without a wish.
+///
+/// # Errors
+/// If there is no cluster.
+pub fn families() -> Result<&'static [Family]> {
+    match setting("AMBIT_CLUSTER_FAMILIES")?.as_str() {
+        "both" => Ok(&FAMILIES),
+        "ipv6" => Ok(&FAMILIES[1..]),
+        other => bail!("AMBIT_CLUSTER_FAMILIES is both or ipv6, not {other}"),
+    }
+}
 
 /// Values of `rp_filter`: none, strict and loose.
 pub const RP_FILTERS: [u8; 3] = [0, 1, 2];
@@ -76,18 +88,19 @@ impl fmt::Display for Family {
 /// time is short, as many as it takes for any two values of different kinds to meet.
 ///
 /// # Errors
-/// If `AMBIT_MATRIX` is something else.
+/// If `AMBIT_MATRIX` is something else, or there is no cluster.
 pub fn cases() -> Result<Vec<Case>> {
+    let families = families()?;
     match std::env::var("AMBIT_MATRIX").as_deref() {
-        Err(_) | Ok("" | "full") => Ok(all().collect()),
-        Ok("pairs") => Ok(all().filter(is_of_pairs).collect()),
+        Err(_) | Ok("" | "full") => Ok(all(families).collect()),
+        Ok("pairs") => Ok(pairs(families)),
         Ok(other) => bail!("AMBIT_MATRIX is full or pairs, not {other}"),
     }
 }
 
-fn all() -> impl Iterator<Item = Case> {
-    RP_FILTERS.into_iter().flat_map(|rp_filter| {
-        FAMILIES.into_iter().flat_map(move |family| {
+fn all(families: &[Family]) -> impl Iterator<Item = Case> {
+    RP_FILTERS.into_iter().flat_map(move |rp_filter| {
+        families.iter().flat_map(move |&family| {
             [NODE_1, NODE_2].map(|home| Case {
                 rp_filter,
                 family,
@@ -95,6 +108,13 @@ fn all() -> impl Iterator<Item = Case> {
             })
         })
     })
+}
+
+/// Where there is one family only, it takes all of them.
+fn pairs(families: &[Family]) -> Vec<Case> {
+    all(families)
+        .filter(|case| families.len() == 1 || is_of_pairs(case))
+        .collect()
 }
 
 /// Every second one of each kind.
@@ -171,7 +191,7 @@ mod tests {
     use super::*;
 
     /// The pairs of values of different kinds that these cases hold.
-    fn pairs(cases: &[Case]) -> BTreeSet<String> {
+    fn met(cases: &[Case]) -> BTreeSet<String> {
         let pair = |case: &Case| {
             let Case {
                 rp_filter: filter,
@@ -189,10 +209,17 @@ mod tests {
 
     #[test]
     fn half_of_the_cases_hold_every_pair() {
-        let whole: Vec<Case> = all().collect();
-        let half: Vec<Case> = all().filter(is_of_pairs).collect();
+        let whole: Vec<Case> = all(&FAMILIES).collect();
+        let half = pairs(&FAMILIES);
         assert_eq!((whole.len(), half.len()), (12, 6));
-        assert_eq!(pairs(&half), pairs(&whole));
-        assert_eq!(pairs(&whole).len(), 16);
+        assert_eq!(met(&half), met(&whole));
+        assert_eq!(met(&whole).len(), 16);
+    }
+
+    #[test]
+    fn of_one_family_every_case_is_needed() {
+        let whole: Vec<Case> = all(&[Family::V6]).collect();
+        assert_eq!(pairs(&[Family::V6]), whole);
+        assert_eq!((whole.len(), met(&whole).len()), (6, 11));
     }
 }

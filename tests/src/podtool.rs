@@ -130,7 +130,7 @@ impl Place {
     /// If it cannot be opened.
     pub fn hold(&self, to: &str) -> Result<Held> {
         let mut child = self
-            .command(&["hold", "--to", to, "--timeout", "600"])
+            .command(&["hold", "--to", to])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

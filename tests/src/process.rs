@@ -29,8 +29,16 @@ done
 /// # Errors
 /// If none runs.
 pub fn of_pod(cluster: &Cluster, program: Program, pod: &str) -> Result<Process> {
-    let node = cluster.pod_field(SYSTEM, pod, ".spec.nodeName")?;
-    let uid = cluster.pod_field(SYSTEM, pod, ".metadata.uid")?;
+    in_pod(cluster, SYSTEM, program, pod)
+}
+
+/// The process of the program in a pod.
+///
+/// # Errors
+/// If none runs.
+pub fn in_pod(cluster: &Cluster, namespace: &str, program: &str, pod: &str) -> Result<Process> {
+    let node = cluster.pod_field(namespace, pod, ".spec.nodeName")?;
+    let uid = cluster.pod_field(namespace, pod, ".metadata.uid")?;
     let list = cluster.on_node(&node, &["sh", "-c", LIST, "sh", &uid])?;
     let pid = list
         .lines()
@@ -47,9 +55,16 @@ pub fn of_pod(cluster: &Cluster, program: Program, pod: &str) -> Result<Process>
 /// # Errors
 /// If it does not run.
 pub fn kill(cluster: &Cluster, program: Program, pod: &str) -> Result<()> {
-    let Process { node, pid } = of_pod(cluster, program, pod)?;
+    let process = of_pod(cluster, program, pod)?;
+    kill_process(cluster, &process).with_context(|| format!("kill {program} of {pod}"))
+}
+
+/// Kills a process, as the kernel would when memory runs out. It needs no API server.
+///
+/// # Errors
+/// If it does not run.
+pub fn kill_process(cluster: &Cluster, Process { node, pid }: &Process) -> Result<()> {
     cluster
-        .on_node(&node, &["kill", "-KILL", &pid.to_string()])
-        .with_context(|| format!("kill {program} of {pod}"))
+        .on_node(node, &["kill", "-KILL", &pid.to_string()])
         .map(drop)
 }

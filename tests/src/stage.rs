@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::cluster::{Cluster, items};
 use crate::manifest::{self, Pod};
-use crate::matrix::Family;
+use crate::matrix::{Family, families};
 use crate::podtool::Place;
 
 /// Namespace in the mesh.
@@ -37,7 +37,7 @@ pub const HOST_TCP: u16 = 19000;
 /// The addresses that an object has, of one or both families.
 type Addresses = BTreeMap<(String, String), Vec<IpAddr>>;
 
-/// The pods and their addresses; what the fields hold is IPv4.
+/// The pods and their addresses; what the fields hold is of the cluster's first family.
 #[derive(Clone, Debug)]
 pub struct Stage {
     /// The cluster.
@@ -84,8 +84,10 @@ impl Stage {
         let services = addresses(&cluster, "services", |service| {
             strings(&service["spec"]["clusterIPs"], Value::as_str)
         })?;
+        let first = families()?[0];
         let ip = |namespace, pod| {
-            Ok::<_, anyhow::Error>(of(&pods, namespace, pod, IpAddr::is_ipv4)?.to_string())
+            let ip = of(&pods, namespace, pod, |ip| first.has(*ip))?;
+            Ok::<_, anyhow::Error>(ip.to_string())
         };
         Ok(Self {
             client: ip(MESH, "client")?,

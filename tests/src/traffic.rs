@@ -1,6 +1,7 @@
 //! The way that connections took, as the proxies count them.
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -13,7 +14,7 @@ const METRICS: u16 = 15020;
 
 /// The nodes and the addresses of their proxies. This machine has a way to them, as to all pods.
 #[derive(Clone, Debug)]
-pub struct Proxies(Vec<(String, String)>);
+pub struct Proxies(Vec<(String, IpAddr)>);
 
 impl Proxies {
     /// Those that run now.
@@ -33,7 +34,7 @@ impl Proxies {
             };
             all.push((
                 field(&pod["spec"]["nodeName"])?,
-                field(&pod["status"]["podIP"])?,
+                field(&pod["status"]["podIP"])?.parse()?,
             ));
         }
         Ok(Self(all))
@@ -46,7 +47,7 @@ impl Proxies {
     pub fn count(&self) -> Result<Counted> {
         let mut all = BTreeMap::new();
         for (node, ip) in &self.0 {
-            let page = format!("http://{ip}:{METRICS}/metrics");
+            let page = format!("http://{}/metrics", SocketAddr::new(*ip, METRICS));
             let text = command::output("curl", &["-sSf", "--max-time", "5", &page])?;
             all.extend(text.lines().filter_map(|line| connections(node, line)));
         }
@@ -136,6 +137,15 @@ fn connections(node: &str, line: &str) -> Option<(String, u64)> {
         _ => return None,
     }
     Some((way, count.trim().parse().ok()?))
+}
+
+/// This moment as proxies' logs print it, in UTC (RFC 3339).
+///
+/// # Errors
+/// If there is no `date`.
+pub fn now() -> Result<String> {
+    let now = command::output("date", &["-u", "+%Y-%m-%dT%H:%M:%S.%6NZ"])?;
+    Ok(now.trim().to_owned())
 }
 
 /// The lines that a proxy's access log has about a destination since `since` (RFC 3339).

@@ -4,6 +4,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+/// How many times longer a node may take that is an emulated machine: it shows function, not speed.
+const EMULATED: u32 = 4;
+
+/// A limit for what happens on a node of the cluster, longer where nodes are guests.
+#[must_use]
+pub fn patient(limit: Duration) -> Duration {
+    match std::env::var("AMBIT_CLUSTER_NODES").as_deref() {
+        Ok("guests") => limit * EMULATED,
+        _ => limit,
+    }
+}
+
 /// Tries `check` until it succeeds, at most for `limit`; how long it took.
 ///
 /// # Errors

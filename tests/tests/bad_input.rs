@@ -7,6 +7,7 @@ use mesh_tests::cluster::{Cluster, SYSTEM, items};
 use mesh_tests::guard::{Namespace, Undo};
 use mesh_tests::manifest::Pod;
 use mesh_tests::stage::{NODE_1, NODE_2};
+use mesh_tests::state;
 use mesh_tests::wait::eventually;
 use serde_json::{Value, json};
 
@@ -100,6 +101,8 @@ fn a_mark_outside_its_mask_gives_a_condition_that_names_the_field() -> Result<()
 fn a_full_set_gives_a_condition_that_names_the_set() -> Result<()> {
     const SET: &str = "ztunnel-pods-ips";
     let cluster = Cluster::current()?;
+    // Who leaves later makes room.
+    state::wait_nobody_leaves(&cluster)?;
     // A set of the same name, as full as one can be, in the place of the real one.
     let swap = |cluster: &Cluster, size: &str| -> Result<()> {
         let ipset = |words: &[&str]| cluster.on_node(NODE_2, &[&["ipset"], words].concat());

@@ -4,14 +4,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use mesh_tests::capture::{Capture, tcp_of};
-use mesh_tests::cluster::{Cluster, MODE_LABEL, items, setting};
+use mesh_tests::cluster::{Cluster, items, setting};
 use mesh_tests::command;
+use mesh_tests::enrolment::label;
 use mesh_tests::guard::Namespace;
 use mesh_tests::manifest::{self, Pod, TCP};
 use mesh_tests::podtool::Place;
 use mesh_tests::scene::with_port;
 use mesh_tests::stage::{MESH, NODE_1, NODE_2, STAGE, Stage};
-use mesh_tests::traffic::{log_of, ways_of};
+use mesh_tests::traffic::{log_of, now, ways_of};
 use mesh_tests::wait::eventually;
 
 /// A client on node 1 and a server on each node, behind a Service and a headless one.
@@ -104,7 +105,7 @@ fn a_label_brings_a_namespace_into_the_mesh_within_five_seconds_and_restarts_no_
         "nothing is encrypted yet"
     );
 
-    cluster.kubectl(&["label", "namespace", name, &format!("{MODE_LABEL}=ambient")])?;
+    label(&cluster, name)?;
     let took = eventually(
         Duration::from_secs(5),
         "the counts show three more pods",
@@ -119,8 +120,7 @@ fn a_label_brings_a_namespace_into_the_mesh_within_five_seconds_and_restarts_no_
     let capture = Capture::start("mesh", &client)?;
     reach_all(&cluster, name, &marker)?;
     let mesh = capture.stop()?;
-    ensure!(!mesh.contains(&marker)?, "the marker is on the wire");
-    assert_eq!(mesh.packets("not tcp port 15008")?, [""; 0]);
+    mesh.ensure_encrypted(&marker)?;
     // The first byte of a TLS record of a handshake, in the first packets after the header of TCP.
     let hello = "tcp port 15008 and tcp[((tcp[12] & 0xf0) >> 2)] = 22";
     ensure!(
@@ -199,12 +199,12 @@ fn certificates_that_openssl_reads_carry_the_identities_of_both_ends() -> Result
 #[test]
 fn both_ends_log_the_identity_of_the_other() -> Result<()> {
     let stage = Stage::set()?;
-    let since = command::output("date", &["-u", "+%Y-%m-%dT%H:%M:%SZ"])?;
+    let since = now()?;
     stage.mesh("client").send(&format!("{}:9000", stage.far))?;
     let identity = |pod: &str| format!("spiffe://cluster.local/ns/{MESH}/sa/{pod}");
     for node in [NODE_1, NODE_2] {
         eventually(Duration::from_secs(10), "the access log names both", || {
-            let lines = log_of(&stage.cluster, node, since.trim(), &identity("far"))?;
+            let lines = log_of(&stage.cluster, node, &since, &identity("far"))?;
             ensure!(
                 lines.iter().any(|line| line.contains(&identity("client"))),
                 "{lines:?}"

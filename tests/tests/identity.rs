@@ -4,13 +4,12 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use mesh_tests::cluster::Cluster;
-use mesh_tests::command;
 use mesh_tests::guard::{Namespace, Undo};
 use mesh_tests::manifest::Pod;
 use mesh_tests::pki::Ca;
 use mesh_tests::podtool::Place;
 use mesh_tests::stage::{MESH, NODE_1, NODE_2, Stage};
-use mesh_tests::traffic::log_of;
+use mesh_tests::traffic::{log_of, now};
 use mesh_tests::wait::eventually;
 use serde_json::Value;
 
@@ -47,12 +46,6 @@ impl Stranger {
     fn far(&self, port: u16) -> String {
         format!("{}:{port}", self.stage.far)
     }
-}
-
-fn now() -> Result<String> {
-    Ok(command::output("date", &["-u", "+%Y-%m-%dT%H:%M:%SZ"])?
-        .trim()
-        .to_owned())
 }
 
 fn logged(cluster: &Cluster, node: &str, since: &str, words: &str) -> Result<()> {

@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use mesh_tests::cluster::{Cluster, MODE_LABEL};
+use mesh_tests::cluster::Cluster;
+use mesh_tests::enrolment::label;
 use mesh_tests::guard::Namespace;
 use mesh_tests::manifest::Pod;
-use mesh_tests::matrix::FAMILIES;
+use mesh_tests::matrix::families;
 use mesh_tests::stage::{MESH, NODE_1, NODE_2, PLAIN, Stage};
 use mesh_tests::wait::eventually;
 
@@ -22,7 +23,7 @@ fn names_are_looked_up_over_udp_from_a_mesh_pod() -> Result<()> {
         .mesh("client")
         .run(&["resolve", &format!("remote.{PLAIN}")])?;
     let mut ips = Vec::new();
-    for family in FAMILIES {
+    for &family in families()? {
         ips.push(stage.cluster_ip(PLAIN, "remote", family)?);
     }
     assert_eq!(seen["addresses"], serde_json::json!(ips));
@@ -95,7 +96,7 @@ fn kubelets_http_and_tcp_probes_of_mesh_pods_keep_succeeding() -> Result<()> {
         cluster.kubectl(&["-n", name, "get", "pods", "-o", path])
     };
     let before = lives()?;
-    cluster.kubectl(&["label", "namespace", name, &format!("{MODE_LABEL}=ambient")])?;
+    label(&cluster, name)?;
     cluster.wait_in_mesh(name, Duration::from_secs(20))?;
     // Four probes of each kind, one a second, every one of which counts.
     std::thread::sleep(Duration::from_secs(4));

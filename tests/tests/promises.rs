@@ -6,8 +6,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-/// Ring 5 (`tests/run-geneve-ring`) runs the tests that are ignored for this reason.
-const RING_5: &str = r#"#[ignore = "needs a kernel with geneve: ring 5"]"#;
+/// How a reason to ignore a test ends if ring 5 (`tests/run-geneve-ring`) runs it.
+const RING_5: &str = ": ring 5\"]";
 
 /// First line of every table of promises.
 const HEADER: &str = "| promise | shown by |";
@@ -45,12 +45,11 @@ fn every_promise_names_a_test_that_runs() -> Result<()> {
     Ok(())
 }
 
-/// A test is named by a sentence: words joined by underscores.
+/// A test is named by a sentence: words joined by underscores, or Go's way.
 fn is_test_name(word: &str) -> bool {
-    word.contains('_')
-        && word
-            .chars()
-            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+    let in_rust = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    let in_go = |name: &str| name.len() > 10 && name.chars().all(|c| c.is_ascii_alphanumeric());
+    word.contains('_') && word.chars().all(in_rust) || word.strip_prefix("Test").is_some_and(in_go)
 }
 
 /// Names of all test functions of the workspace that some ring runs.
@@ -64,8 +63,12 @@ fn tests_below(root: &Path) -> Result<BTreeSet<String>> {
             let path = entry?.path();
             if path.is_dir() {
                 folders.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
-                tests.extend(tests_in(&fs::read_to_string(&path)?));
+                continue;
+            }
+            match path.extension().and_then(|extension| extension.to_str()) {
+                Some("rs") => tests.extend(tests_in(&fs::read_to_string(&path)?)),
+                Some("go") => tests.extend(tests_in_go(&fs::read_to_string(&path)?)),
+                _ => {}
             }
         }
     }
@@ -79,7 +82,7 @@ fn tests_in(source: &str) -> Vec<String> {
         match line {
             "#[test]" => is_test = true,
             _ if line.starts_with("#[tokio::test") => is_test = true,
-            _ if line.starts_with("#[ignore") => ignored = line != RING_5,
+            _ if line.starts_with("#[ignore") => ignored = !line.ends_with(RING_5),
             _ => {
                 let Some(name) = line
                     .split("fn ")
@@ -98,10 +101,19 @@ fn tests_in(source: &str) -> Vec<String> {
     names
 }
 
+fn tests_in_go(source: &str) -> Vec<String> {
+    let named = |line: &str| {
+        let name = line.strip_prefix("func ")?.split('(').next()?;
+        name.starts_with("Test").then(|| name.to_owned())
+    };
+    source.lines().filter_map(named).collect()
+}
+
 #[test]
 fn an_ignored_test_shows_no_promise() {
     let source = "#[test]\nfn runs() {}\n#[test]\n#[ignore]\nfn sleeps() {}\nfn helper() {}\n";
     assert_eq!(tests_in(source), ["runs"]);
-    let elsewhere = format!("#[test]\n{RING_5}\nfn runs_in_a_guest() {{}}\n");
+    let elsewhere =
+        format!("#[test]\n#[ignore = \"needs a guest{RING_5}\nfn runs_in_a_guest() {{}}\n");
     assert_eq!(tests_in(&elsewhere), ["runs_in_a_guest"]);
 }

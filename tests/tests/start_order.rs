@@ -74,8 +74,9 @@ fn unscheduled(cluster: &Cluster, namespace: &str) -> Result<String> {
 /// Agent and proxy are gone from node 2, and its AmbientNode says that it was ready in another boot: as
 /// if it had been started anew.
 fn start_anew(cluster: &Cluster) -> Result<()> {
-    label_system(cluster, "none")?;
     eventually(SOON, "no agent and no proxy", || {
+        // Kubelet puts its label back whenever it tells of its node.
+        label_system(cluster, "none")?;
         let field = format!("--field-selector=spec.nodeName={NODE_2}");
         let pods = cluster.get(&["-n", SYSTEM, "pods", &field])?;
         for pod in items(&pods) {

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use mesh_tests::capture::Capture;
-use mesh_tests::cluster::{Cluster, MODE_LABEL};
+use mesh_tests::cluster::Cluster;
+use mesh_tests::enrolment::{enrol, withdraw};
 use mesh_tests::guard::Namespace;
 use mesh_tests::manifest::{Pod, TCP};
 use mesh_tests::matrix::under_every_filter;
@@ -13,7 +14,7 @@ use mesh_tests::podtool::{Held, Place};
 use mesh_tests::scene::with_port;
 use mesh_tests::stage::{NODE_1, NODE_2};
 use mesh_tests::traffic::ways_of;
-use mesh_tests::wait::eventually;
+use mesh_tests::wait::{eventually, patient};
 
 /// How long an open connection may stand still while the kernel changes around it.
 const STILL: Duration = Duration::from_secs(1);
@@ -27,22 +28,6 @@ fn pair(cluster: &Cluster, namespace: &str) -> Result<String> {
     cluster.apply(&(client + &Pod::new(namespace, "server", NODE_2).manifests()))?;
     cluster.wait_ready(namespace)?;
     cluster.pod_field(namespace, "server", ".status.podIP")
-}
-
-/// Takes the namespace out of the mesh and waits until no node knows its pods.
-fn withdraw(cluster: &Cluster, namespace: &str) -> Result<()> {
-    cluster.kubectl(&["label", "namespace", namespace, &format!("{MODE_LABEL}-")])?;
-    eventually(Duration::from_secs(20), "withdrawn", || {
-        for node in [NODE_1, NODE_2] {
-            let object = cluster.ambient_node(node)?;
-            let settled =
-                object["status"]["observedGeneration"] == object["metadata"]["generation"];
-            let known = object["spec"]["workloads"].to_string().contains(namespace);
-            ensure!(settled && !known, "{node}: {object:#}");
-        }
-        Ok(())
-    })
-    .map(drop)
 }
 
 #[test]
@@ -115,8 +100,7 @@ fn open_connections_go_on(cluster: &Cluster) -> Result<()> {
     ensure!(all.len() == 4, "{all:?}");
     let hold_all = || all.iter().map(|(from, to)| from.hold(to)).collect();
     let older: Vec<Held> = hold_all()?;
-    cluster.kubectl(&["label", "namespace", name, &format!("{MODE_LABEL}=ambient")])?;
-    cluster.wait_in_mesh(name, Duration::from_secs(20))?;
+    enrol(cluster, name)?;
     let (inside, ways): (Vec<Held>, _) = ways_of(cluster, name, hold_all)?;
     ensure!(
         ways.len() == 4 && ways.iter().all(|way| way.ends_with(" mtls")),
@@ -127,7 +111,7 @@ fn open_connections_go_on(cluster: &Cluster) -> Result<()> {
     std::thread::sleep(TEN_LINES);
     for (kind, held) in [("older", older), ("inside", inside)] {
         for ((_, to), held) in all.iter().zip(held) {
-            held.end_uncut(STILL)
+            held.end_uncut(patient(STILL))
                 .with_context(|| format!("the connection to {to}, {kind}"))?;
         }
     }

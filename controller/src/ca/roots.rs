@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use super::secret::CurrentCa;
 use crate::problems::{Problems, explain};
+use crate::watch::backoff;
 
 const PART: &str = "publish roots";
 const WATCH_PART: &str = "watch the configmap of the roots";
@@ -58,7 +59,7 @@ impl RootPublisher {
     /// Runs until the process ends.
     pub(crate) async fn run(mut self) {
         let one = Config::default().fields(&format!("metadata.name={}", self.name));
-        let mut events = std::pin::pin!(watcher(self.api.clone(), one).default_backoff());
+        let mut events = std::pin::pin!(watcher(self.api.clone(), one).backoff(backoff()));
         loop {
             let written = self.publish().await;
             tokio::select! {

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 
 use super::{Ca, CaError, CaPem, new_root};
 use crate::problems::{Problems, explain};
+use crate::watch::backoff;
 
 const PART: &str = "certificate authority";
 const WATCH_PART: &str = "watch the secret of the certificate authority";
@@ -87,7 +88,7 @@ impl CaSecret {
     /// last CA that was goes on.
     pub(crate) async fn follow(self, current: watch::Sender<Arc<Ca>>) {
         let one = Config::default().fields(&format!("metadata.name={}", self.name));
-        let mut events = std::pin::pin!(watcher(self.api.clone(), one).default_backoff());
+        let mut events = std::pin::pin!(watcher(self.api.clone(), one).backoff(backoff()));
         let mut seen = false;
         while let Some(event) = events.next().await {
             if matches!(

@@ -69,7 +69,8 @@ pub(super) fn of_pod(
     })
 }
 
-/// `None` if a pod holds the address: then the pod's workload has the service.
+/// `None` if a pod holds the address: then the pod's workload has the service. Of endpoints that share the
+/// address a ready one counts, whatever their order.
 pub(super) fn of_endpoint(
     facts: &Facts,
     snapshot: &ClusterSnapshot,
@@ -79,7 +80,8 @@ pub(super) fn of_endpoint(
     let endpoint = slice
         .endpoints
         .iter()
-        .find(|endpoint| endpoint.pod.is_none() && endpoint.addresses.contains(&key.address))?;
+        .filter(|endpoint| endpoint.pod.is_none() && endpoint.addresses.contains(&key.address))
+        .min_by_key(|endpoint| (!endpoint.ready, *endpoint))?;
     if address_holder(snapshot, key.address).is_some_and(|pod| !pod.terminal) {
         return None;
     }

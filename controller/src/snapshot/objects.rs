@@ -82,6 +82,8 @@ pub(crate) struct WrittenNode {
     pub(crate) ready_boot: Option<Arc<str>>,
     pub(crate) workloads: Vec<crds::Workload>,
     pub(crate) excluded: Vec<crds::WorkloadNote>,
+    pub(crate) mesh_namespaces: Vec<String>,
+    pub(crate) outside: Vec<String>,
 }
 
 // === impl Node ===
@@ -236,6 +238,8 @@ impl WrittenNode {
                 .map(Into::into),
             workloads: object.spec.workloads.clone(),
             excluded: object.spec.excluded.clone(),
+            mesh_namespaces: object.spec.mesh_namespaces.clone(),
+            outside: object.spec.outside.clone(),
         })
     }
 }

@@ -7,7 +7,7 @@ use imbl::OrdMap;
 
 use super::objects::{Namespace, Node, Pod, WrittenNode};
 use super::services::{Endpoint, EndpointSlice, Service};
-use super::{Change, ClusterSnapshot, Touched, Update, claimed};
+use super::{Change, ClusterSnapshot, Touched, Update, claimed, mode_of};
 use crate::names::{NamespaceName, NodeName, PodUid, ServiceKey, SliceKey};
 
 /// A kind of object that the snapshot holds.
@@ -50,6 +50,22 @@ impl ClusterSnapshot {
                     object.set(self, touched);
                 }
             }
+        }
+    }
+
+    fn unindex_pod(&mut self, pod: &Pod, touched: &mut Touched) {
+        let uid = &pod.uid;
+        self.pods.remove(uid);
+        self.touch_pod(pod, touched);
+        self.pod_uids.remove(&pod.key);
+        if let Some(node) = &pod.node {
+            self.pods_by_node.remove(node, uid);
+        }
+        if let Some(key) = mode_of(pod) {
+            self.pods_by_mode.remove(&key, uid);
+        }
+        for address in claimed(pod) {
+            self.pods_by_address.remove(address, uid);
         }
     }
 
@@ -115,14 +131,20 @@ impl Object for Namespace {
             return;
         }
         snapshot.touch_pods_in(&self.name, touched);
+        if old.and_then(|old| old.mode.as_ref()) != self.mode.as_ref() {
+            snapshot.touch_nodes(touched);
+        }
         snapshot
             .namespaces
             .insert(self.name.clone(), Arc::new(self));
     }
 
     fn remove(snapshot: &mut ClusterSnapshot, name: &NamespaceName, touched: &mut Touched) {
-        if snapshot.namespaces.remove(name).is_some() {
+        if let Some(old) = snapshot.namespaces.remove(name) {
             snapshot.touch_pods_in(name, touched);
+            if old.mode.is_some() {
+                snapshot.touch_nodes(touched);
+            }
         }
     }
 }
@@ -145,12 +167,24 @@ impl Object for Pod {
         }
         // A pod of the same name that came before is gone, whether its end was seen or not.
         let namesake = snapshot.pod_uids.get(&self.key).cloned();
-        for uid in namesake.iter().chain([&self.uid]) {
-            Self::remove(snapshot, uid, touched);
+        let before = [namesake.as_ref(), Some(&self.uid)].into_iter().flatten();
+        let before: Vec<Arc<Self>> = before
+            .filter_map(|uid| snapshot.pod(uid).cloned())
+            .collect();
+        let was_like_it = snapshot.has_pods_like(&self);
+        for pod in &before {
+            snapshot.unindex_pod(pod, touched);
         }
         snapshot.pod_uids.insert(self.key.clone(), self.uid.clone());
         if let Some(node) = &self.node {
             snapshot.pods_by_node.insert(node.clone(), self.uid.clone());
+        }
+        if let Some(key) = mode_of(&self) {
+            snapshot.pods_by_mode.insert(key, self.uid.clone());
+        }
+        let no_more = |pod: &Arc<Self>| pod.mode.is_some() && !snapshot.has_pods_like(pod);
+        if was_like_it != snapshot.has_pods_like(&self) || before.iter().any(no_more) {
+            snapshot.touch_nodes(touched);
         }
         for address in claimed(&self) {
             snapshot.pods_by_address.insert(*address, self.uid.clone());
@@ -160,16 +194,12 @@ impl Object for Pod {
     }
 
     fn remove(snapshot: &mut ClusterSnapshot, uid: &PodUid, touched: &mut Touched) {
-        let Some(pod) = snapshot.pods.remove(uid) else {
+        let Some(pod) = snapshot.pods.get(uid).cloned() else {
             return;
         };
-        snapshot.touch_pod(&pod, touched);
-        snapshot.pod_uids.remove(&pod.key);
-        if let Some(node) = &pod.node {
-            snapshot.pods_by_node.remove(node, uid);
-        }
-        for address in claimed(&pod) {
-            snapshot.pods_by_address.remove(address, uid);
+        snapshot.unindex_pod(&pod, touched);
+        if pod.mode.is_some() && !snapshot.has_pods_like(&pod) {
+            snapshot.touch_nodes(touched);
         }
     }
 }

@@ -148,7 +148,6 @@ async fn survey(
     let earlier = Earlier {
         backend: Some(bed.backend),
         others,
-        hindered: false,
     };
     let (facts, others) = facts::find(&host, &input.names, earlier).await.unwrap();
     assert_eq!(facts.iptables, bed.backend);

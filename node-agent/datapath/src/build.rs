@@ -17,7 +17,8 @@ use std::collections::BTreeSet;
 
 use crate::datapath::{AddressSet, Datapath, Item, Member};
 use crate::family::Family;
-use crate::input::{FailureMode, NodeInput};
+use crate::input::{FailureMode, Hold, NodeInput};
+use crate::names::Names;
 
 /// What the kernel should hold.
 #[must_use]
@@ -29,6 +30,16 @@ pub fn build(input: &NodeInput) -> Datapath {
         datapath.proxies[slot] = proxy_side::build(input, slot, proxy);
     }
     datapath.host.extend(devices::of_pods(input));
+    datapath
+}
+
+/// The same with these pods held back, and no others. Who is held depends on what the kernel holds of
+/// them already, and holds stand where nothing else can.
+#[must_use]
+pub fn with_holds(mut datapath: Datapath, holds: &BTreeSet<Hold>, names: &Names) -> Datapath {
+    datapath.host.retain(|item| !item.is_hold());
+    let items = holds.iter().map(|hold| routes::hold(hold, names));
+    datapath.host.extend(items);
     datapath
 }
 

@@ -176,6 +176,13 @@ pub enum Selector {
     SentHere,
     /// TCP.
     Tcp,
+    /// TCP from this address that comes in by this device.
+    TcpFrom {
+        /// The device.
+        device: String,
+        /// The address.
+        ip: IpAddr,
+    },
 }
 
 /// What a rule does.
@@ -187,6 +194,8 @@ pub enum Action {
     Goto(u32),
     /// Nothing.
     Nop,
+    /// Drop without a word.
+    Blackhole,
 }
 
 /// A set of addresses.
@@ -275,6 +284,18 @@ impl Item {
                 None
             }
         }
+    }
+
+    /// Whether it holds back what a pod sends that waits to be carried.
+    #[must_use]
+    pub fn is_hold(&self) -> bool {
+        matches!(
+            self,
+            Self::Rule(Rule {
+                action: Action::Blackhole,
+                ..
+            })
+        )
     }
 
     /// Whether making `self` takes the place of `other` in one step. Rules never do: the new one must

@@ -9,6 +9,8 @@
 
 mod backend;
 mod ebpf;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod lack;
 mod marks;
 pub mod obstacle;
@@ -28,20 +30,18 @@ use rtnetlink::LinkGeneve;
 use crate::datapath::{Datapath, Item, Link};
 use crate::family::Family;
 use crate::input::{IptablesBackend, Marks};
+use crate::kernel::generation::Generation;
 use crate::kernel::iptables::{Dump, Iptables, IptablesError};
 use crate::kernel::netfilter::Netfilter;
 use crate::kernel::netlink::{self, Netlink, NetlinkError, foreign_mark};
 use crate::kernel::sysctl::SysctlError;
+use crate::kernel::xtables;
 use crate::names::Names;
 use crate::netns::Netns;
 
 pub use obstacle::{Obstacle, Severity};
 
 use saved::Saved;
-
-/// Of so many looks at a host one reads the rules of iptables-legacy: nothing tells whether they have
-/// changed, and thousands of them take long.
-const LEGACY_EVERY: u32 = 4;
 
 /// Where the kernel tells this boot from every other; kubelet reads it, too.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -67,8 +67,6 @@ pub struct Others {
     rule_marks: Vec<u32>,
     /// What `iptables-save` prints; the kernel runs the rules of both backends.
     saved: Vec<Saved>,
-    /// The generation of nft's rules that it is of.
-    generation: Option<u32>,
     /// UDP sockets, also the kernel's own.
     sockets: Vec<std::net::SocketAddr>,
     /// The host's own rules are in the other backend than ours.
@@ -82,8 +80,6 @@ pub struct Earlier<'a> {
     pub backend: Option<IptablesBackend>,
     /// What was found last.
     pub others: Option<&'a Others>,
-    /// Whether something has to go: then everything is read that may have changed.
-    pub hindered: bool,
 }
 
 /// What the data path is going to need, as far as others may stand in its way.
@@ -153,11 +149,9 @@ pub async fn find(
     let release = nix::sys::utsname::uname().map_err(FactsError::Uname)?;
     let boot = std::fs::read_to_string(BOOT_ID).map_err(FactsError::Boot)?;
     let netlink = Netlink::open(host).map_err(FactsError::Enter)?;
-    // Before the rules are read: a change while they are is seen the next time.
-    let generation = generation(host);
-    let known = earlier.known(generation);
+    let known = earlier.others.map_or(&[][..], |others| &others.saved);
     let list = async { Ok((netlink.links().await?, netlink.rules().await?)) };
-    let ((links, rules), saved) = tokio::try_join!(list, save(host, names, &known))?;
+    let ((links, rules), saved) = tokio::try_join!(list, save(host, names, known))?;
     let choice = backend::choose(
         earlier.backend,
         backend::usage(IptablesBackend::Nft, &saved),
@@ -172,7 +166,6 @@ pub async fn find(
     let others = Others {
         rule_marks: rules.iter().filter_map(foreign_mark).collect(),
         saved,
-        generation,
         sockets: port::sockets(host)?,
         moved: choice.moved,
         links,
@@ -226,35 +219,13 @@ pub async fn obstacles(
     Ok(found)
 }
 
-impl Earlier<'_> {
-    /// What was printed before and is as good as new.
-    fn known(&self, generation: Option<u32>) -> Vec<Saved> {
-        let Some(others) = self.others else {
-            return Vec::new();
-        };
-        // Where our own chains are has to be seen once.
-        let settled = self.backend != Some(IptablesBackend::Legacy)
-            || backend::usage(IptablesBackend::Legacy, &others.saved).is_ours();
-        let is_known = |saved: &&Saved| match saved.backend {
-            IptablesBackend::Nft => generation.is_some() && others.generation == generation,
-            IptablesBackend::Legacy => !self.hindered && settled && saved.age + 1 < LEGACY_EVERY,
-        };
-        let known = others.saved.iter().filter(is_known);
-        known.map(Saved::older).collect()
-    }
-}
-
 impl Others {
-    /// What `iptables-save` printed, unless it may have changed since.
+    /// What `iptables-save` printed.
     pub fn dumps(&self) -> impl Iterator<Item = Dump<'_>> {
-        let current = |saved: &&Saved| saved.backend == IptablesBackend::Nft || saved.age == 0;
-        self.saved.iter().filter(current).map(|saved| Dump {
+        self.saved.iter().map(|saved| Dump {
             backend: saved.backend,
             family: saved.family,
-            generation: match saved.backend {
-                IptablesBackend::Nft => self.generation,
-                IptablesBackend::Legacy => None,
-            },
+            generation: saved.generation.clone(),
             text: &saved.text,
         })
     }
@@ -308,13 +279,8 @@ async fn geneve(netlink: &Netlink, links: &[LinkMessage]) -> bool {
     !netlink.is_unsupported(message).await
 }
 
-/// That of nft's rules, if the kernel has it.
-fn generation(host: &Netns) -> Option<u32> {
-    Netfilter::open(host).ok()?.generation().ok()?
-}
-
-/// What both backends hold, of every family; nothing of legacy where it is not in use. What is known is
-/// not read again: with thousands of rules it takes long to print.
+/// What both backends hold, of every family; nothing of legacy where it is not in use. What is known
+/// and has not changed is not read again: with thousands of rules it takes long to print.
 async fn save(host: &Netns, names: &Names, known: &[Saved]) -> Result<Vec<Saved>, FactsError> {
     let of_one = |family: &Family| {
         let (host, names, family) = (host.clone(), names.clone(), *family);
@@ -341,20 +307,19 @@ fn save_family(
     known: Vec<Saved>,
 ) -> Result<Vec<Saved>, FactsError> {
     // Reading the legacy tables would load them where they are not in use.
-    let tables = match family {
-        Family::V4 => "/proc/thread-self/net/ip_tables_names",
-        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
-    };
-    let in_use = host
-        .run(|| std::fs::read_to_string(tables))
-        .map_err(FactsError::Enter)?
-        .is_ok_and(|tables| !tables.trim().is_empty());
+    let in_use = xtables::in_use(host, family).map_err(FactsError::Enter)?;
+    let netfilter = Netfilter::open(host).map_err(FactsError::Enter)?;
     let dump = |backend| {
-        if let Some(known) = known.iter().find(|saved| saved.backend == backend) {
+        let rules = (backend, family);
+        let generation = Generation::of(rules, None, host, &netfilter);
+        let same = |saved: &&Saved| {
+            saved.backend == backend && generation.is_some() && saved.generation == generation
+        };
+        if let Some(known) = known.iter().find(same) {
             return Ok(known.clone());
         }
         let text = Iptables::new(backend).dump(family, host)?;
-        Ok(Saved::new(backend, family, text, names.clone()))
+        Ok(Saved::new(rules, generation, text, names.clone()))
     };
     let mut found = match dump(IptablesBackend::Nft) {
         // An old kernel without nf_tables, whose host makes do with legacy.

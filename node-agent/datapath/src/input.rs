@@ -36,6 +36,15 @@ pub struct NodeInput {
     pub pod_devices: BTreeSet<String>,
 }
 
+/// An address of a pod that waits to be carried.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Hold {
+    /// Device of the host that its packets come in by.
+    pub device: String,
+    /// The address.
+    pub ip: IpAddr,
+}
+
 /// Devices between host and proxy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tunnel {

@@ -1,5 +1,6 @@
 //! What holds a data path: the real kernel, or a recorded one for tests.
 
+pub mod generation;
 pub mod ip_set;
 pub mod iptables;
 pub mod linux;
@@ -8,6 +9,7 @@ pub mod netlink;
 pub mod recorded;
 mod seen;
 pub mod sysctl;
+pub(crate) mod xtables;
 
 use std::future::Future;
 

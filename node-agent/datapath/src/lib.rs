@@ -25,10 +25,10 @@ pub mod plan;
 pub mod pod_devices;
 pub mod slot;
 
-pub use build::build;
+pub use build::{build, with_holds};
 pub use datapath::{Datapath, Item, Place};
 pub use family::Family;
-pub use input::{FailureMode, IptablesBackend, Mark, MeshPod, NodeInput, TunnelKind};
+pub use input::{FailureMode, Hold, IptablesBackend, Mark, MeshPod, NodeInput, TunnelKind};
 pub use kernel::{Kernel, LinuxKernel};
 pub use plan::{Plan, Step, plan};
 pub use slot::{PerSlot, Slot};

@@ -25,6 +25,15 @@ pub mod priority {
     pub const PROXY_RETURN: u32 = 20003;
 }
 
+/// The setting that lets a namespace hand on what is not its own, by family (host: needed, proxy: off).
+#[must_use]
+pub fn forwarding(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ipv4/ip_forward",
+        Family::V6 => "ipv6/conf/all/forwarding",
+    }
+}
+
 /// Route protocol of every route and rule of ours (rtnetlink(7); unassigned by iproute2).
 pub const PROTOCOL: u8 = 0x5a;
 
@@ -109,7 +118,7 @@ pub enum NamesError {
     #[error("first table {0}: it and the three after it must be greater than 0 and not 253 to 255")]
     Table(u32),
     /// There is no room for our rules.
-    #[error("first priority {0}: it must be between 1 and {max}, before the main table's rule", max = priority::MAIN - PRIORITIES)]
+    #[error("first priority {0}: it must be between 2 and {max}, before the main table's rule", max = priority::MAIN - PRIORITIES)]
     Priority(u32),
 }
 
@@ -200,12 +209,12 @@ impl Names {
         })
     }
 
-    /// The same with other priorities of the rules: this one and the five after it.
+    /// The same with other priorities of the rules: this one, the five after it, and the one before it.
     ///
     /// # Errors
     /// If they would come after the main table's rule.
     pub fn with_first_priority(self, first_priority: u32) -> Result<Self, NamesError> {
-        if !(1..=priority::MAIN - PRIORITIES).contains(&first_priority) {
+        if !(2..=priority::MAIN - PRIORITIES).contains(&first_priority) {
             return Err(NamesError::Priority(first_priority));
         }
         Ok(Self {
@@ -310,6 +319,13 @@ impl Names {
         self.tables().any(|ours| ours == table)
     }
 
+    /// Priority: TCP of a pod that waits to be carried goes nowhere; before everything else of ours,
+    /// and after the kernel's rule for what is for the host itself.
+    #[must_use]
+    pub fn priority_hold(&self) -> u32 {
+        self.first_priority - 1
+    }
+
     /// Priority: what carries the skip mark goes on at the main table's rule.
     #[must_use]
     pub fn priority_skip(&self) -> u32 {
@@ -349,7 +365,7 @@ impl Names {
     /// Whether a rule of the host has one of our priorities.
     #[must_use]
     pub fn is_priority(&self, priority: u32) -> bool {
-        (self.first_priority..self.first_priority + PRIORITIES).contains(&priority)
+        (self.priority_hold()..self.first_priority + PRIORITIES).contains(&priority)
     }
 }
 
@@ -419,7 +435,7 @@ mod tests {
             );
         }
         assert!(names().with_first_priority(32760).is_ok());
-        for priority in [0, 32761] {
+        for priority in [0, 1, 32761] {
             assert_eq!(
                 names().with_first_priority(priority),
                 Err(NamesError::Priority(priority))
@@ -442,5 +458,6 @@ mod tests {
         assert_eq!(names.slot_of("pistioout2"), None);
         assert!(names.is_table(103) && !names.is_table(104));
         assert!(names.is_priority(105) && !names.is_priority(106));
+        assert!(names.is_priority(99) && !names.is_priority(98));
     }
 }

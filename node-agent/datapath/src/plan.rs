@@ -3,9 +3,11 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::net::IpAddr;
 
-use crate::datapath::{Datapath, Item, Link, Place, Route, Target};
-use crate::names::peer;
+use crate::datapath::{Datapath, Item, Link, Place, Route, Rule, Table, Target};
+use crate::family::Family;
+use crate::names::{forwarding, peer};
 use crate::slot::Slot;
 
 /// Steps, in order. Empty when nothing is to be done.
@@ -73,62 +75,85 @@ impl Plan {
 /// No prefix of it lets a mesh pod's traffic out in the clear, or sends what the proxy dials back to
 /// the proxy:
 /// 1. Pods that leave the mesh lose their set membership.
-/// 2. Without a proxy to send to, the routes to it go, so that the unreachable ones below them count.
-/// 3. Devices of the proxy's side that stand in the way of others go.
-/// 4. Devices, the proxy's side, unreachable routes, rules and chains are made; only then the routes
-///    to the proxy (its own dials must be told apart by then, and the way back to it must lead to it),
-///    and last the members of the set.
-/// 5. What is left over goes in the opposite order.
+/// 2. Unreachable routes are made, but for pods that only join: those stay reachable all the time. The
+///    routes to a proxy that is gone go, so that those count; also those to a proxy whose dials the host
+///    cannot tell apart for now.
+/// 3. Devices of the proxy's side that stand in the way of others go, and its namespace stops to forward.
+/// 4. Devices, rules and chains of the host are made, then the proxy's side; only then the routes to the
+///    proxy (its own dials must be told apart by then, and the way back to it must lead to it), then what
+///    refuses a pod that joins where no such route is left, and last the members of the set.
+/// 5. What is left over goes in the opposite order, and last of all what holds pods back: they are
+///    carried by then.
 #[must_use]
 pub fn plan(desired: &Datapath, observed: &Datapath) -> Plan {
     let mut steps = Vec::new();
-    let mut left = observed.clone();
-    let leaves = |item: &Item| matches!(item, Item::Member(_));
-    remove_early(Place::Host, leaves, desired, &mut left, &mut steps);
-    if !desired.host.iter().any(is_outbound) {
-        remove_early(Place::Host, is_to_proxy, desired, &mut left, &mut steps);
-    }
+    let left = withdraw(desired, observed, &mut steps);
     let mut observed = without_lost(desired, &left);
     // The proxy's end of a veth pair is made with the host's, and needs its name to be free.
     for slot in Slot::BOTH {
         let wanted = &desired.proxies[slot];
-        let in_the_way =
-            |item: &Item| is_link(item) && !wanted.iter().any(|new| new.replaces(item));
+        let in_the_way = |item: &Item| is_link(item) && !is_replaced(item, wanted);
         let place = Place::Proxy(slot);
-        remove_early(place, in_the_way, desired, &mut observed, &mut steps);
+        remove_early(place, in_the_way, &mut observed, &mut steps);
     }
-    // The host's links come before the proxy's side: one end of a veth pair makes the other.
-    additions(Place::Host, desired, &observed, is_link, &mut steps);
+    for slot in Slot::BOTH {
+        let place = Place::Proxy(slot);
+        add_early(place, is_forwarding, desired, &mut observed, &mut steps);
+    }
+    // One end of a veth pair makes the other, so the host's side is begun before the proxies'.
+    let begins = |item: &Item| rank(item) <= LAST_OF_BEGINNING;
+    additions(Place::Host, desired, &observed, begins, &mut steps);
     for slot in Slot::BOTH {
         let place = Place::Proxy(slot);
         additions(place, desired, &observed, |_| true, &mut steps);
     }
-    additions(
-        Place::Host,
-        desired,
-        &observed,
-        |item| !is_link(item),
-        &mut steps,
-    );
+    let ends = |item: &Item| !begins(item);
+    additions(Place::Host, desired, &observed, ends, &mut steps);
     for place in Place::ALL {
         removals(place, desired, &observed, &mut steps);
     }
     Plan { steps }
 }
 
+/// Takes pods out of the mesh, and traffic away from proxies that cannot have it; what is left then.
+fn withdraw(desired: &Datapath, observed: &Datapath, steps: &mut Vec<Step>) -> Datapath {
+    let mut left = observed.clone();
+    let leaves = |item: &Item| matches!(item, Item::Member(_)) && !desired.host.contains(item);
+    remove_early(Place::Host, leaves, &mut left, steps);
+    let joins = |route: &Route| route.pod().is_some_and(|ip| !is_member(observed, ip));
+    let refuses_already =
+        |item: &Item| matches!(item, Item::Route(route) if refuses(route) && !joins(route));
+    add_early(Place::Host, refuses_already, desired, &mut left, steps);
+    let serves = desired.host.iter().any(is_outbound);
+    let tunnels = links(&desired.host);
+    let torn =
+        Family::ALL.map(|family| is_torn(family, &desired.host, &observed.host).then_some(family));
+    let is_stale = |item: &Item| match item {
+        Item::Route(route) if route.leads_into_a_tunnel() => {
+            !serves
+                || item.device().is_none_or(|device| !tunnels.contains(device))
+                || torn.contains(&Some(route.family()))
+        }
+        Item::Route(route) if leads_back(route) => !is_replaced(item, &desired.host),
+        _ => false,
+    };
+    remove_early(Place::Host, is_stale, &mut left, steps);
+    left
+}
+
 fn remove_early(
     place: Place,
     which: impl Fn(&Item) -> bool,
-    desired: &Datapath,
     left: &mut Datapath,
     steps: &mut Vec<Step>,
 ) {
     let gone: Vec<Item> = left
         .side(place)
-        .difference(desired.side(place))
+        .iter()
+        .filter(|item| which(item))
         .cloned()
         .collect();
-    for item in gone.into_iter().filter(which) {
+    for item in gone {
         left.side_mut(place).remove(&item);
         steps.push(Step {
             place,
@@ -137,15 +162,70 @@ fn remove_early(
     }
 }
 
-/// A route that hands traffic to the proxy.
-fn is_to_proxy(item: &Item) -> bool {
-    matches!(item, Item::Route(route) if route.leads_into_a_tunnel())
+fn add_early(
+    place: Place,
+    which: impl Fn(&Item) -> bool,
+    desired: &Datapath,
+    left: &mut Datapath,
+    steps: &mut Vec<Step>,
+) {
+    let known = steps.len();
+    additions(place, desired, left, which, steps);
+    for step in &steps[known..] {
+        let (old, new) = step.change.ends();
+        if let Some(old) = old {
+            left.side_mut(place).remove(old);
+        }
+        left.side_mut(place).extend(new.cloned());
+    }
+}
+
+fn is_member(held: &Datapath, ip: IpAddr) -> bool {
+    let mut all = held.host.iter();
+    all.any(|item| matches!(item, Item::Member(member) if member.ip == ip))
+}
+
+/// Whether chains and rules of a family both have to be mended. Until both are, the host may take what
+/// a proxy dials for what a pod does.
+fn is_torn(family: Family, desired: &BTreeSet<Item>, observed: &BTreeSet<Item>) -> bool {
+    let mut missing = desired.difference(observed);
+    let lacks_chains = missing.clone().any(|item| {
+        matches!(item, Item::Chains(chains)
+            if chains.family == family && chains.table == Table::Mangle)
+    });
+    let is_there = |wanted: &Rule| {
+        observed.iter().any(|item| {
+            matches!(item, Item::Rule(rule)
+                if (rule.family, rule.priority) == (wanted.family, wanted.priority))
+        })
+    };
+    lacks_chains
+        && missing.any(
+            |item| matches!(item, Item::Rule(rule) if rule.family == family && !is_there(rule)),
+        )
+}
+
+fn is_forwarding(item: &Item) -> bool {
+    matches!(item, Item::Sysctl(sysctl)
+        if Family::ALL.iter().any(|family| sysctl.path == forwarding(*family)))
+}
+
+/// Whether it hands a proxy what belongs to the connections that it carries.
+fn leads_back(route: &Route) -> bool {
+    matches!(route.target, Target::Via { onlink: true, .. })
+}
+
+fn is_replaced(old: &Item, desired: &BTreeSet<Item>) -> bool {
+    desired.iter().any(|new| new.replaces(old))
 }
 
 fn is_outbound(item: &Item) -> bool {
     matches!(item, Item::Route(route)
         if route.leads_into_a_tunnel() && route.destination.prefix_len() == 0)
 }
+
+/// The last rank of what the host needs before a proxy's side may work.
+const LAST_OF_BEGINNING: u8 = 7;
 
 /// Place of an item in the order of making.
 fn rank(item: &Item) -> u8 {
@@ -155,14 +235,15 @@ fn rank(item: &Item) -> u8 {
         Item::Sysctl(_) => 1,
         Item::Up(_) => 2,
         Item::Address(_) => 3,
-        Item::Route(route) if refuses(route) => 4,
+        Item::Route(route) if refuses(route) && route.pod().is_none() => 4,
         Item::Rule(_) => 5,
         Item::Set(_) => 6,
         Item::Chains(_) => 7,
+        Item::Route(route) if refuses(route) => 10,
         // The way back first: what a proxy is handed it answers at once.
         Item::Route(route) if !route.leads_into_a_tunnel() => 8,
         Item::Route(_) => 9,
-        Item::Member(_) => 10,
+        Item::Member(_) => 11,
     }
 }
 
@@ -171,7 +252,8 @@ fn rank(item: &Item) -> u8 {
 fn removal_rank(item: &Item) -> u8 {
     match item {
         Item::Route(route) if refuses(route) && route.pod().is_some() => 0,
-        other => 11 - rank(other),
+        hold if hold.is_hold() => 13,
+        other => 12 - rank(other),
     }
 }
 
@@ -253,8 +335,7 @@ fn removals(place: Place, desired: &Datapath, observed: &Datapath, steps: &mut V
     let mut extra: Vec<&Item> = observed.difference(desired).collect();
     extra.sort_by_key(|item| removal_rank(item));
     for old in extra {
-        let replaced = desired.iter().any(|new| new.replaces(old));
-        if !replaced && !needs_no_removal(old) {
+        if !is_replaced(old, desired) && !needs_no_removal(old) {
             steps.push(Step {
                 place,
                 change: Change::Remove(old.clone()),

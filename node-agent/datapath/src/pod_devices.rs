@@ -37,6 +37,12 @@ impl HostDevices {
         self.names.values().any(|other| other == name)
     }
 
+    /// Whether there is one of this index.
+    #[must_use]
+    pub fn has_index(&self, index: u32) -> bool {
+        self.names.contains_key(&index)
+    }
+
     /// The one of the host's own way to an address. What lies behind a gateway, or nowhere, is no pod of
     /// this node.
     ///

@@ -5,7 +5,8 @@ mod bed;
 
 use bed::{dual, input, replaced, set_mtu, succeeded, with_successor};
 use datapath::datapath::{Datapath, Item, Link};
-use datapath::{FailureMode, NodeInput, TunnelKind, build, plan};
+use datapath::names::Names;
+use datapath::{FailureMode, Hold, NodeInput, TunnelKind, build, plan, with_holds};
 
 fn shown(name: &str, text: &str) {
     let mut settings = insta::Settings::clone_current();
@@ -51,6 +52,22 @@ fn golden_one_pod() {
 #[test]
 fn golden_two_pods() {
     shown("two_pods", &between(&input(0), &input(2)));
+}
+
+#[test]
+fn golden_held_pod_is_enrolled() {
+    let hold = |ip: &str| Hold {
+        device: "va".to_owned(),
+        ip: ip.parse().unwrap(),
+    };
+    let holds = [hold("10.244.1.4"), hold("fd00:244:1::4")].into();
+    let (without, with) = (build(&dual(input(0))), build(&dual(input(1))));
+    let held = with_holds(without.clone(), &holds, &Names::default());
+    let (comes, enrolled) = (plan(&held, &without), plan(&with, &held));
+    shown(
+        "held_pod_is_enrolled",
+        &format!("as the plugin holds it:\n{comes}it is enrolled:\n{enrolled}"),
+    );
 }
 
 #[test]

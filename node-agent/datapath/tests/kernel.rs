@@ -13,8 +13,8 @@ use bed::converge::{BACKENDS, attached, converge, kernel};
 use bed::{Bed, HOST, PODS, PROXY, dual, input_with, ipv6_of, ipv6_only, set_mtu};
 use datapath::names::Names;
 use datapath::{
-    Datapath, FailureMode, Family, IptablesBackend, Kernel, MeshPod, NodeInput, Slot, TunnelKind,
-    build, plan,
+    Datapath, FailureMode, Family, Hold, IptablesBackend, Kernel, MeshPod, NodeInput, Slot,
+    TunnelKind, build, plan, with_holds,
 };
 
 #[tokio::test]
@@ -79,6 +79,52 @@ async fn holds_what_was_planned(kind: TunnelKind) {
             "16384\t29999\n"
         );
     }
+}
+
+/// Holds are made, read back, made anew and removed as everything else is; those of others stay.
+#[tokio::test]
+async fn holds_of_new_pods_are_part_of_the_data_path() {
+    let bed = Bed::dual(IptablesBackend::Nft);
+    bed.run(
+        "host",
+        "ip rule add from 10.244.1.8 iif va ipproto tcp priority 99 blackhole",
+    );
+    let input = dual(input_with(TunnelKind::Veth, 1));
+    let kernel = attached(&bed, &input).await;
+    let hold = |ip: IpAddr| Hold {
+        device: "vb".to_owned(),
+        ip,
+    };
+    let holds = [hold(PODS[1].into()), hold(ipv6_of(PODS[1]).into())].into();
+    let held = with_holds(build(&input), &holds, &Names::default());
+    converge(&kernel, &held, &held).await;
+    let rules = || bed.run("host", "ip rule; ip -6 rule");
+    let lines = [
+        "99:\tfrom 10.244.1.5 iif vb ipproto tcp blackhole proto 90",
+        "99:\tfrom fd00:244:1::5 iif vb ipproto tcp blackhole proto 90",
+    ];
+    assert!(
+        lines.iter().all(|line| rules().contains(line)),
+        "{}",
+        rules()
+    );
+    bed.run(
+        "host",
+        "ip rule del from 10.244.1.5 iif vb ipproto tcp priority 99 blackhole",
+    );
+    converge(&kernel, &held, &held).await;
+    assert!(
+        lines.iter().all(|line| rules().contains(line)),
+        "{}",
+        rules()
+    );
+    converge(&kernel, &build(&input), &held).await;
+    assert!(
+        !lines.iter().any(|line| rules().contains(line)),
+        "{}",
+        rules()
+    );
+    assert!(rules().contains("from 10.244.1.8"), "{}", rules());
 }
 
 #[tokio::test]
@@ -155,6 +201,20 @@ async fn deleted_comes_back(kind: TunnelKind) {
         );
         assert_eq!(sorted(&whole), sorted(&bed.dump()));
     }
+}
+
+#[tokio::test]
+async fn an_address_that_the_kernel_gives_a_device_of_ours_goes_again() {
+    let bed = Bed::dual(IptablesBackend::Nft);
+    let input = dual(input_with(TunnelKind::Veth, 2));
+    let desired = build(&input);
+    let kernel = attached(&bed, &input).await;
+    let addresses = || bed.run("host", "ip -o -6 addr show dev istioin");
+    let before = addresses();
+    bed.run("host", "sysctl -qw net.ipv6.conf.istioin.addr_gen_mode=0");
+    assert_ne!(addresses(), before);
+    converge(&kernel, &desired, &desired).await;
+    assert_eq!(addresses(), before);
 }
 
 fn sorted(text: &str) -> Vec<String> {

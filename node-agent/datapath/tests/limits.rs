@@ -184,9 +184,6 @@ async fn uses_of_our_marks_are_found_in_every_table_of_both_backends() {
     }
 }
 
-/// Looks that see every change of others' rules.
-const LOOKS: usize = 4;
-
 #[tokio::test]
 async fn rules_that_changed_since_the_last_look_are_found() {
     for (_, program) in BACKENDS {
@@ -199,21 +196,13 @@ async fn rules_that_changed_since_the_last_look_are_found() {
                 "host",
                 &format!("iptables-{program} -t mangle {change} {rule}"),
             );
-            let mut standing = Vec::new();
-            // Rules of legacy are not read in each look while all is well.
-            for _ in 0..LOOKS {
-                let earlier = Earlier {
-                    others: Some(&found.1),
-                    hindered: change == "-D",
-                    ..Earlier::default()
-                };
-                let again = facts::find(&bed.netns("host"), &names, earlier).await;
-                found = again.unwrap();
-                standing = obstacles_in(&bed, &veth, &found).await;
-                if program == "nft" || change == "-D" {
-                    break;
-                }
-            }
+            let earlier = Earlier {
+                others: Some(&found.1),
+                ..Earlier::default()
+            };
+            let again = facts::find(&bed.netns("host"), &names, earlier).await;
+            found = again.unwrap();
+            let standing = obstacles_in(&bed, &veth, &found).await;
             assert_eq!(
                 standing.len(),
                 obstacles,

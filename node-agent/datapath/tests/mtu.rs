@@ -91,7 +91,12 @@ fn carry(bed: &Bed, family: Family, length: usize, mtu: u32) {
         let way = format!("{length} bytes from {from} as {source} to {to}, {family:?}, MTU {mtu}");
         let echo = thread::spawn(move || echo(&listener));
         let to = SocketAddr::new(ip(to), 80);
-        let client = bed.dial(from, ip(source), to, Duration::from_secs(5));
+        let client = bed.dial(
+            from,
+            SocketAddr::new(ip(source), 0),
+            to,
+            Duration::from_secs(5),
+        );
         assert!(client.is_ok(), "{way}: {client:?}");
         let heard = exchange(client.unwrap(), body(length));
         assert!(heard == body(length), "{way}: {} came back", heard.len());

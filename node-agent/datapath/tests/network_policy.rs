@@ -164,7 +164,9 @@ impl Policies {
     fn connects(&self, family: Family, dial: Dial, patience: Duration) -> bool {
         let source = ip(family, dial.source);
         let to = SocketAddr::new(ip(family, dial.to), 80);
-        self.bed.dial(dial.from, source, to, patience).is_ok()
+        self.bed
+            .dial(dial.from, SocketAddr::new(source, 0), to, patience)
+            .is_ok()
     }
 
     fn pass(&self, family: Family, dial: Dial) {

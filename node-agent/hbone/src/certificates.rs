@@ -294,7 +294,11 @@ fn signing_request(identity: &SpiffeId, key: &KeyPair) -> Result<String, rcgen::
 }
 
 /// Checks an answer and makes it ready for use.
-fn accept(identity: &SpiffeId, key: &KeyPair, answer: &[String]) -> Result<Certificate, String> {
+pub(crate) fn accept(
+    identity: &SpiffeId,
+    key: &KeyPair,
+    answer: &[String],
+) -> Result<Certificate, String> {
     let (roots_pem, chain_pem) = answer.split_last().ok_or("the answer is empty")?;
     let chain = pem_certificates(&chain_pem.concat())?;
     let leaf = chain.first();

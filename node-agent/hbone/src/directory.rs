@@ -4,11 +4,17 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use imbl::{HashMap, OrdSet};
+use smallvec::SmallVec;
 
 use crate::identity::SpiffeId;
 use crate::policy::{Policy, PolicyScope};
+
+/// How long the address of a workload that has gone is known as such: whoever gets it next is announced at a
+/// slightly different time than its pod starts to answer.
+const GONE_FOR: Duration = Duration::from_secs(10);
 
 /// A workload of the cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,7 +26,7 @@ pub struct Workload {
     /// Namespace of the pod.
     pub namespace: Arc<str>,
     /// Service account of the pod; empty where there is none.
-    pub service_account: String,
+    pub service_account: Arc<str>,
     /// Whom its proxy must prove to be, if it is reached by HBONE.
     pub hbone: Option<SpiffeId>,
     /// Its addresses.
@@ -28,9 +34,9 @@ pub struct Workload {
     /// Whether its addresses are those of its node, which others have too.
     pub host_network: bool,
     /// Node it runs on.
-    pub node: String,
+    pub node: Arc<str>,
     /// Its network; empty for the only one.
-    pub network: String,
+    pub network: Arc<str>,
     /// Whether it is ready.
     pub healthy: bool,
     /// Where it is.
@@ -42,14 +48,17 @@ pub struct Workload {
     /// Canonical name, for telemetry.
     pub canonical_name: Arc<str>,
     /// Canonical revision, for telemetry.
-    pub canonical_revision: String,
+    pub canonical_revision: Arc<str>,
     /// Cluster it is in.
-    pub cluster: String,
-    /// By service (`namespace/hostname`): service port to its own port.
-    pub services: BTreeMap<Arc<str>, BTreeMap<u16, u16>>,
+    pub cluster: Arc<str>,
+    /// What it serves, which it has in common with others.
+    pub services: Arc<ServedPorts>,
     /// Policies that select it (`namespace/name`).
     pub policies: Vec<Arc<str>>,
 }
+
+/// By service (`namespace/hostname`): service port to the workload's own port.
+pub type ServedPorts = BTreeMap<Arc<str>, BTreeMap<u16, u16>>;
 
 impl Workload {
     /// The addresses that say who it is.
@@ -66,11 +75,11 @@ impl Workload {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Locality {
     /// Region.
-    pub region: String,
+    pub region: Arc<str>,
     /// Zone.
-    pub zone: String,
+    pub zone: Arc<str>,
     /// Subzone.
-    pub subzone: String,
+    pub subzone: Arc<str>,
 }
 
 /// A service of the cluster.
@@ -124,10 +133,13 @@ pub enum Scope {
 #[derive(Clone, Debug, Default)]
 pub struct Directory {
     workloads: HashMap<Arc<str>, Arc<Workload>>,
-    by_address: HashMap<IpAddr, OrdSet<Arc<str>>>,
+    /// Nearly always one: two have an address only while it goes from one to the other.
+    by_address: HashMap<IpAddr, SmallVec<[Arc<Workload>; 1]>>,
     services: HashMap<Arc<str>, Arc<Service>>,
     by_vip: HashMap<IpAddr, Arc<str>>,
     endpoints: HashMap<Arc<str>, OrdSet<Arc<str>>>,
+    /// Addresses that workloads of the mesh had and nobody has now, with the time until which that counts.
+    gone: HashMap<IpAddr, Instant>,
     policies: HashMap<Arc<str>, Arc<Policy>>,
     /// Names of the policies that are for all workloads of a namespace (`Some`) or of all (`None`).
     unselective: HashMap<Option<Arc<str>>, OrdSet<Arc<str>>>,
@@ -136,12 +148,13 @@ pub struct Directory {
 impl Directory {
     /// Adds a workload, or replaces that of its name.
     pub fn put_workload(&mut self, workload: Workload) {
-        self.remove_workload(&workload.uid);
+        self.take_workload(&workload.uid);
+        let workload = Arc::new(workload);
         for address in workload.unique_addresses() {
-            self.by_address
-                .entry(*address)
-                .or_default()
-                .insert(workload.uid.clone());
+            self.gone.remove(address);
+            let holders = self.by_address.entry(*address).or_default();
+            let place = holders.partition_point(|other| other.uid < workload.uid);
+            holders.insert(place, workload.clone());
         }
         for service in workload.services.keys() {
             self.endpoints
@@ -149,21 +162,51 @@ impl Directory {
                 .or_default()
                 .insert(workload.uid.clone());
         }
-        self.workloads
-            .insert(workload.uid.clone(), Arc::new(workload));
+        self.workloads.insert(workload.uid.clone(), workload);
     }
 
-    /// Removes the workload of this name, if there is one.
-    pub fn remove_workload(&mut self, uid: &str) {
-        let Some(workload) = self.workloads.remove(uid) else {
+    /// Removes the workload of this name, if there is one, at this time.
+    pub fn remove_workload(&mut self, uid: &str, now: Instant) {
+        let Some(workload) = self.take_workload(uid) else {
             return;
         };
+        if workload.hbone.is_none() {
+            return;
+        }
         for address in workload.unique_addresses() {
-            remove_from(&mut self.by_address, address, uid);
+            if !self.by_address.contains_key(address) {
+                self.gone.insert(*address, now + GONE_FOR);
+            }
+        }
+    }
+
+    fn take_workload(&mut self, uid: &str) -> Option<Arc<Workload>> {
+        let workload = self.workloads.remove(uid)?;
+        for address in workload.unique_addresses() {
+            if let Some(holders) = self.by_address.get_mut(address) {
+                holders.retain(|holder| *holder.uid != *uid);
+                if holders.is_empty() {
+                    self.by_address.remove(address);
+                }
+            }
         }
         for service in workload.services.keys() {
             remove_from(&mut self.endpoints, service, uid);
         }
+        Some(workload)
+    }
+
+    /// Forgets who has gone too long ago.
+    pub fn forget_gone(&mut self, now: Instant) {
+        if self.gone.values().any(|until| *until <= now) {
+            self.gone.retain(|_, until| *until > now);
+        }
+    }
+
+    /// Whether a workload of the mesh had this address a moment ago, and nobody has it now.
+    #[must_use]
+    pub fn has_gone(&self, address: IpAddr, now: Instant) -> bool {
+        self.gone.get(&address).is_some_and(|until| *until > now)
     }
 
     /// Adds a service, or replaces that of its name.
@@ -214,13 +257,9 @@ impl Directory {
     /// The workload that has this address: a ready one before others.
     #[must_use]
     pub fn workload_at(&self, address: IpAddr) -> Option<&Arc<Workload>> {
-        let uids = self.by_address.get(&address)?;
-        let mut found = uids
-            .iter()
-            .filter_map(|uid| self.workloads.get(uid))
-            .peekable();
-        let first = found.peek().copied();
-        found.find(|workload| workload.healthy).or(first)
+        let holders = self.by_address.get(&address)?;
+        let ready = holders.iter().find(|workload| workload.healthy);
+        ready.or(holders.first())
     }
 
     /// The service that has this virtual address.
@@ -311,20 +350,20 @@ pub(crate) mod tests {
             uid: uid.into(),
             name: uid.into(),
             namespace: "shop".into(),
-            service_account: "default".to_owned(),
+            service_account: "default".into(),
             hbone: Some(identity.unwrap()),
             addresses: vec![ip.parse().unwrap()],
             host_network: false,
-            node: node.to_owned(),
-            network: String::new(),
+            node: node.into(),
+            network: "".into(),
             healthy: true,
             locality: Locality::default(),
             workload_name: uid.into(),
             workload_type: "pod",
             canonical_name: uid.into(),
-            canonical_revision: "latest".to_owned(),
-            cluster: "Kubernetes".to_owned(),
-            services: BTreeMap::from([("shop/web".into(), BTreeMap::from([(80, 8080)]))]),
+            canonical_revision: "latest".into(),
+            cluster: "Kubernetes".into(),
+            services: Arc::new([("shop/web".into(), [(80, 8080)].into())].into()),
             policies: Vec::new(),
         }
     }
@@ -354,10 +393,34 @@ pub(crate) mod tests {
             found.map(|workload| workload.uid.to_string())
         };
         assert_eq!(at(&directory).as_deref(), Some("b"));
-        directory.remove_workload("b");
+        directory.remove_workload("b", Instant::now());
         assert_eq!(at(&directory).as_deref(), Some("a"));
-        directory.remove_workload("a");
+        directory.remove_workload("a", Instant::now());
         assert_eq!(at(&directory), None);
+    }
+
+    #[test]
+    fn the_address_of_a_mesh_workload_that_has_gone_is_known_until_somebody_has_it_or_time_is_over()
+    {
+        let (now, address) = (Instant::now(), "10.0.0.1".parse().unwrap());
+        let mut directory = Directory::default();
+        directory.put_workload(workload("a", "10.0.0.1", "n"));
+        directory.put_workload(workload("a", "10.0.0.1", "m"));
+        assert!(!directory.has_gone(address, now));
+        directory.remove_workload("a", now);
+        assert!(directory.has_gone(address, now));
+        assert!(!directory.has_gone(address, now + GONE_FOR));
+        directory.put_workload(Workload {
+            hbone: None,
+            ..workload("b", "10.0.0.1", "n")
+        });
+        assert!(!directory.has_gone(address, now));
+        directory.remove_workload("b", now);
+        assert!(!directory.has_gone(address, now), "it was not of the mesh");
+        directory.put_workload(workload("c", "10.0.0.1", "n"));
+        directory.remove_workload("c", now);
+        directory.forget_gone(now + GONE_FOR);
+        assert!(directory.gone.is_empty());
     }
 
     #[test]
@@ -407,7 +470,7 @@ pub(crate) mod tests {
                 if add {
                     directory.put_workload(workload(&uid, &format!("10.0.0.{ip}"), "n"));
                 } else {
-                    directory.remove_workload(&uid);
+                    directory.remove_workload(&uid, Instant::now());
                 }
                 for found in directory.workloads() {
                     let at = directory.workload_at(found.addresses[0]);
@@ -417,7 +480,7 @@ pub(crate) mod tests {
             }
             let all: Vec<_> = directory.workloads().map(|workload| workload.uid.clone()).collect();
             for uid in all {
-                directory.remove_workload(&uid);
+                directory.remove_workload(&uid, Instant::now());
             }
             prop_assert!(directory.by_address.is_empty() && directory.endpoints.is_empty());
         }

@@ -114,11 +114,11 @@ impl RequestError {
 
 /// Who is at both ends of a connection, as the handshake proved it.
 #[derive(Debug)]
-struct Ends {
-    client: SpiffeId,
-    source: SocketAddr,
-    destination: SocketAddr,
-    workload: Arc<LocalWorkload>,
+pub(crate) struct Ends {
+    pub(crate) client: SpiffeId,
+    pub(crate) source: SocketAddr,
+    pub(crate) destination: SocketAddr,
+    pub(crate) workload: Arc<LocalWorkload>,
 }
 
 /// Serves one connection of another proxy to its end. `destination` is what the client connected to.
@@ -130,7 +130,7 @@ pub(crate) async fn serve_stream<S>(
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let workload = shared.local.load().at(destination.ip()).cloned();
+    let workload = shared.pod_at(destination.ip());
     // Boxed: what a handshake needs is not kept while the connection lives.
     let handshake = Box::pin(handshake(&shared, workload, stream, source, destination));
     let shaken = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await;
@@ -145,14 +145,15 @@ pub(crate) async fn serve_stream<S>(
 
 fn facts(shared: &Shared, source: SocketAddr, destination: SocketAddr) -> Facts {
     let directory = shared.directory.load();
-    let local = shared.local.load();
-    let pod = local.at(destination.ip());
+    let pod = shared.pod_at(destination.ip());
     Facts {
         reporter: Reporter::Destination,
         source,
         destination,
         source_workload: directory.workload_at(source.ip()).cloned(),
-        destination_workload: pod.and_then(|pod| directory.workload(&pod.uid).cloned()),
+        destination_workload: pod
+            .as_ref()
+            .and_then(|pod| directory.workload(&pod.uid).cloned()),
         source_identity: None,
         destination_identity: pod.map(|pod| pod.identity.clone()),
         service: None,
@@ -193,7 +194,8 @@ where
     Ok((connection, ends))
 }
 
-async fn serve_requests<S>(
+/// Serves the requests of a peer that is known until it ends.
+pub(crate) async fn serve_requests<S>(
     shared: &Arc<Shared>,
     mut connection: ServerConnection<S>,
     ends: Arc<Ends>,
@@ -290,14 +292,9 @@ async fn open(
     let to = destination_of(request, ends.destination, &ends.workload.addresses)?;
     facts.destination = to;
     // The address may have gone to another pod, which is not the one that the client knows.
-    let local = shared.local.load();
-    let still = local
-        .at(to.ip())
-        .is_some_and(|pod| pod.uid == ends.workload.uid);
-    if !still {
+    if !shared.is_at(&ends.workload, to.ip()) {
         return Err(RequestError::Unknown);
     }
-    drop(local);
     if OWN_PORTS.contains(&to.port()) {
         return Err(RequestError::OwnPort(to.port()));
     }
@@ -310,7 +307,8 @@ async fn open(
     let directory = shared.directory.load_full();
     let known = directory.workload(&ends.workload.uid).map(|known| &**known);
     policy::check(&directory, known, &ends.workload.namespace, &connection)?;
-    Ok(socket::dial_pod(ends.source.ip(), to).await?)
+    let client = ends.source.ip();
+    Ok(shared.dial_pod(client, &ends.workload, to).await?)
 }
 
 /// Where the client wants to go: to an address of the pod whose certificate it was shown.

@@ -32,7 +32,7 @@ pub(crate) async fn serve(shared: Arc<Shared>, stream: TcpStream, peer: SocketAd
     let Ok(destination) = stream.local_addr() else {
         return socket::reset(stream);
     };
-    let workload = shared.local.load().at(destination.ip()).cloned();
+    let workload = shared.pod_at(destination.ip());
     let mut facts = Facts {
         reporter: Reporter::Destination,
         source: peer,
@@ -80,5 +80,5 @@ async fn open(
     };
     let known = facts.destination_workload.as_deref();
     policy::check(&directory, known, &workload.namespace, &connection)?;
-    Ok(socket::dial_pod(source, destination).await?)
+    Ok(shared.dial_pod(source, workload, destination).await?)
 }

@@ -42,6 +42,9 @@ mod access;
 mod copy;
 mod metrics;
 
+#[cfg(fuzzing)]
+pub mod fuzzing;
+
 pub use access::with_causes;
 pub use serve::{ListenerKind, Server};
 pub use shared::{Settings, Shared};

@@ -67,6 +67,8 @@ impl OutboundError {
                 ConnectError::Dial(error) => error.is_refusal(),
                 _ => false,
             },
+            // Who has the address now is known, or may be announced in a moment.
+            Self::Refused(Refusal::Gone(_)) | Self::Dial(DialError::Moved(_)) => true,
             _ => false,
         }
     }
@@ -83,7 +85,7 @@ pub(crate) async fn serve(shared: Arc<Shared>, stream: TcpStream, peer: SocketAd
     let Ok(destination) = stream.local_addr() else {
         return socket::reset(stream);
     };
-    let source = shared.local.load().at(peer.ip()).cloned();
+    let source = shared.pod_at(peer.ip());
     let mut facts = facts(&shared, source.as_ref(), peer, destination);
     // Boxed: what opening needs is not kept while bytes are copied.
     let opened = Box::pin(open(&shared, source, &mut facts)).await;
@@ -157,7 +159,16 @@ async fn try_all(
     let choice = {
         let (directory, local) = (shared.directory.load(), shared.local.load());
         let mut random = rand::rng();
-        upstream::choose(&directory, &local, source, destination, |_| random.random())?
+        let now = Instant::now().into_std();
+        let mut choice = upstream::choose(&directory, &local, source, destination, now, |_| {
+            random.random()
+        })?;
+        if local.get(&source.uid).is_none() {
+            // It has left the mesh, as what it connects to may have too: as those of its connections that do not come
+            // to us any more.
+            choice.leave_mesh();
+        }
+        choice
     };
     facts.service = choice.service;
     let mut upstreams = choice.upstreams.into_iter().peekable();
@@ -196,7 +207,7 @@ async fn try_one(
     let peer = facts.source;
     match upstream {
         Upstream::Plain { endpoint, .. } => {
-            let socket = socket::dial(Some(peer.ip()), *endpoint).await?;
+            let socket = socket::dial_pod(peer.ip(), *endpoint).await?;
             Ok(Opened::Socket(socket))
         }
         Upstream::Local {
@@ -212,8 +223,8 @@ async fn try_one(
             let directory = shared.directory.load_full();
             let (workload, namespace) = (workload.as_deref(), &destination.namespace);
             policy::check(&directory, workload, namespace, &connection)?;
-            let socket = socket::dial_pod(peer.ip(), *endpoint).await?;
-            Ok(Opened::Socket(socket))
+            let dialled = shared.dial_pod(peer.ip(), destination, *endpoint);
+            Ok(Opened::Socket(dialled.await?))
         }
         Upstream::Local {
             destination,
@@ -254,6 +265,7 @@ async fn tunnel(
     let key = Key {
         source: source.uid.clone(),
         destination: to.uid.clone(),
+        identity: to.identity.clone(),
         address,
     };
     let mut tries = 0;

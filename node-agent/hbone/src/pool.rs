@@ -10,6 +10,7 @@ use bytes::Bytes;
 use h2::client::SendRequest;
 
 use crate::connect::ConnectError;
+use crate::identity::SpiffeId;
 use crate::tunnel::OPENED_STREAMS;
 
 /// A connection without streams is closed after this long.
@@ -20,6 +21,8 @@ const IDLE: Duration = Duration::from_secs(300);
 pub(crate) struct Key {
     pub(crate) source: Arc<str>,
     pub(crate) destination: Arc<str>,
+    /// Whom the other side has proved to be: some control planes give a name to one pod after another.
+    pub(crate) identity: SpiffeId,
     pub(crate) address: SocketAddr,
 }
 
@@ -191,11 +194,13 @@ mod tests {
     use std::cell::Cell;
 
     use super::*;
+    use crate::identity::TrustDomain;
 
     fn key() -> Key {
         Key {
             source: "a".into(),
             destination: "b".into(),
+            identity: SpiffeId::new(&TrustDomain::new("td").unwrap(), "shop", "b").unwrap(),
             address: "10.0.0.1:15008".parse().unwrap(),
         }
     }

@@ -55,7 +55,8 @@ impl Server {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let draining = self.shared.is_draining();
         running.retain(|listener, tasks| {
-            let keep = wanted.contains(listener) && !draining;
+            let lives = tasks.iter().all(|task| !task.is_finished());
+            let keep = wanted.contains(listener) && lives && !draining;
             if !keep {
                 tasks.iter().for_each(JoinHandle::abort);
             }
@@ -95,7 +96,7 @@ impl Server {
 }
 
 async fn accept(
-    listener: TcpListener,
+    mut listener: TcpListener,
     kind: ListenerKind,
     shared: Arc<Shared>,
     tracker: TaskTracker,
@@ -106,6 +107,15 @@ async fn accept(
             Err(error) => {
                 // Out of descriptors, or the client has gone already: neither is for ever.
                 tracing::warn!(?kind, %error, "accept");
+                if socket::is_ended(&error) {
+                    listener = match socket::replace(listener) {
+                        Ok(listener) => listener,
+                        Err(error) => {
+                            tracing::error!(?kind, %error, "listen again");
+                            return;
+                        }
+                    };
+                }
                 tokio::time::sleep(Duration::from_millis(10)).await;
                 continue;
             }

@@ -1,21 +1,23 @@
 //! What every connection of a proxy reads.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use prometheus_client::registry::Registry;
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::certificates::Certificates;
 use crate::directory::Directory;
 use crate::identity::TrustDomain;
-use crate::local::LocalWorkloads;
+use crate::local::{LocalWorkload, LocalWorkloads};
 use crate::metrics::Metrics;
 use crate::pool::Pool;
+use crate::socket::{self, DialError};
 
 /// How long a connection waits for the first directory.
 const DISCOVERY_WAIT: Duration = Duration::from_secs(5);
@@ -97,6 +99,40 @@ impl Shared {
         }
     }
 
+    /// The pod of this node that has this address: one in the mesh, or one that has just left it and is known to have
+    /// kept its address.
+    pub(crate) fn pod_at(&self, address: IpAddr) -> Option<Arc<LocalWorkload>> {
+        let local = self.local.load();
+        if let Some(pod) = local.at(address) {
+            return Some(pod.clone());
+        }
+        let pod = local.left_at(address, Instant::now())?;
+        let directory = self.directory.load();
+        let owner = directory.workload_at(address)?;
+        (owner.uid == pod.uid).then(|| pod.clone())
+    }
+
+    /// Connects a client to a pod of this node. The address may go to another pod while that takes, and who was let in
+    /// to the one is not to meet the other.
+    pub(crate) async fn dial_pod(
+        &self,
+        client: IpAddr,
+        pod: &LocalWorkload,
+        to: SocketAddr,
+    ) -> Result<TcpStream, DialError> {
+        let stream = socket::dial_pod(client, to).await?;
+        if self.is_at(pod, to.ip()) {
+            return Ok(stream);
+        }
+        socket::reset(stream);
+        Err(DialError::Moved(to))
+    }
+
+    /// Whether a pod of this node still has this address.
+    pub(crate) fn is_at(&self, pod: &LocalWorkload, address: IpAddr) -> bool {
+        self.pod_at(address).is_some_and(|now| now.uid == pod.uid)
+    }
+
     /// Whether an address belongs to the proxy itself.
     pub(crate) fn is_own(&self, address: IpAddr) -> bool {
         address.is_loopback() || self.own_addresses.load().contains(&address)
@@ -128,9 +164,11 @@ impl Shared {
     pub fn sweep(&self) {
         let (local, directory) = (self.local.load(), self.directory.load());
         self.pool.sweep(Instant::now(), |key| {
-            let known = directory.workload(&key.destination).is_some()
-                || local.get(&key.destination).is_some();
-            local.get(&key.source).is_some() && known
+            let remote = directory.workload(&key.destination);
+            let known = remote.is_some_and(|known| known.hbone.as_ref() == Some(&key.identity));
+            let pod = local.get(&key.destination);
+            let here = pod.is_some_and(|pod| pod.identity == key.identity);
+            local.get(&key.source).is_some() && (known || here)
         });
     }
 

@@ -25,6 +25,8 @@ pub(crate) enum DialError {
     Connect(SocketAddr, #[source] io::Error),
     #[error("connect to {0}: no answer in {CONNECT_TIMEOUT:?}")]
     Timeout(SocketAddr),
+    #[error("{0} has gone to another pod meanwhile")]
+    Moved(SocketAddr),
 }
 
 impl DialError {
@@ -61,6 +63,20 @@ fn listen_at(address: SocketAddr) -> io::Result<TcpListener> {
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     TcpListener::from_std(socket.into())
+}
+
+/// Whether somebody has ended a listener from outside (`ss -K`): it keeps its address, and every accept
+/// fails.
+pub(crate) fn is_ended(failure: &io::Error) -> bool {
+    failure.raw_os_error() == Some(Errno::EINVAL as i32)
+}
+
+/// Listens again in the place of a listener that was ended. That one could be told to, but whatever it
+/// accepted then would have ended as well.
+pub(crate) fn replace(ended: TcpListener) -> io::Result<TcpListener> {
+    let address = ended.local_addr()?;
+    drop(ended);
+    listen_at(address)
 }
 
 /// A socket of the address's family.

@@ -210,7 +210,7 @@ mod tests {
         let mut known = workload("uid", "10.0.0.1", "n");
         known.workload_type = "deployment";
         known.workload_name = "web".into();
-        known.locality.zone = "z".to_owned();
+        known.locality.zone = "z".into();
         assert_eq!(
             baggage("c", &pod, Some(&known)),
             "k8s.cluster.name=c,k8s.namespace.name=shop,k8s.deployment.name=web,\

@@ -1,8 +1,9 @@
 //! Where a connection of a local pod goes. Pure.
 
 use std::cmp::Reverse;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::directory::{Balancing, Directory, Scope, Service, Workload};
 use crate::identity::SpiffeId;
@@ -53,6 +54,18 @@ pub struct Choice {
     pub upstreams: Vec<Upstream>,
 }
 
+impl Choice {
+    /// The same ends, as a pod outside the mesh reaches them.
+    pub(crate) fn leave_mesh(&mut self) {
+        for way in &mut self.upstreams {
+            *way = Upstream::Plain {
+                workload: way.workload().cloned(),
+                endpoint: way.endpoint(),
+            };
+        }
+    }
+}
+
 /// Why there is no way.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
@@ -62,6 +75,11 @@ pub enum Refusal {
     /// Nothing behind the service is ready.
     #[error("service {0} has no ready endpoint for port {1}")]
     NoEndpoint(Arc<str>, u16),
+    /// Whoever gets the address next may be of the mesh too: nothing goes there in plaintext.
+    #[error(
+        "{0} was the address of a pod of the mesh that has gone, and nobody is known to have it"
+    )]
+    Gone(IpAddr),
     /// What is ready cannot be reached from the client's address.
     #[error(
         "service {service} has ready endpoints for port {port}, but none with an {family} address; \
@@ -98,19 +116,24 @@ impl Upstream {
     }
 }
 
-/// Chooses. `shuffle` gives a number for an endpoint; equal ones in preference are ordered by it.
+/// Chooses at this time. `shuffle` gives a number for an endpoint; equal ones in preference are ordered by it.
 ///
 /// # Errors
-/// If the destination is a service that cannot be reached.
+/// If the destination is a service that cannot be reached, or a pod that has gone.
 pub fn choose(
     directory: &Directory,
     local: &LocalWorkloads,
     source: &LocalWorkload,
     destination: SocketAddr,
+    now: Instant,
     mut shuffle: impl FnMut(&Workload) -> u64,
 ) -> Result<Choice, Refusal> {
     let Some(service) = directory.service_at(destination.ip()) else {
-        let workload = directory.workload_at(destination.ip());
+        let ip = destination.ip();
+        let workload = directory.workload_at(ip);
+        if workload.is_none() && local.at(ip).is_none() && directory.has_gone(ip, now) {
+            return Err(Refusal::Gone(ip));
+        }
         let upstreams = vec![way(local, workload, destination)];
         return Ok(Choice {
             service: None,
@@ -231,7 +254,7 @@ mod tests {
         let mut directory = Directory::default();
         directory.put_service(service(balancing));
         let mut me = workload("client", "10.0.1.1", "n1");
-        me.services.clear();
+        me.services = Arc::default();
         directory.put_workload(me);
         directory.put_workload(workload("near", "10.0.1.2", "n1"));
         directory.put_workload(workload("far", "10.0.2.2", "n2"));
@@ -241,8 +264,15 @@ mod tests {
     fn ways(directory: &Directory, to: &str) -> Result<Vec<Upstream>, Refusal> {
         let source = client();
         let local = LocalWorkloads::from_iter([source.clone()]);
-        choose(directory, &local, &source, to.parse().unwrap(), |_| 0)
-            .map(|choice| choice.upstreams)
+        choose(
+            directory,
+            &local,
+            &source,
+            to.parse().unwrap(),
+            Instant::now(),
+            |_| 0,
+        )
+        .map(|choice| choice.upstreams)
     }
 
     #[test]
@@ -322,7 +352,7 @@ mod tests {
             reached("10.96.0.10:80"),
             ["10.0.1.2:8080", "10.0.2.2:8080", "10.0.3.3:8080"]
         );
-        directory.remove_workload("both");
+        directory.remove_workload("both", Instant::now());
         let refusal = ways(&directory, "[fd00:96::10]:80").unwrap_err();
         let said = refusal.to_string();
         assert!(
@@ -332,8 +362,8 @@ mod tests {
             "{said}"
         );
         // Nobody of the other family serves either.
-        directory.remove_workload("near");
-        directory.remove_workload("far");
+        directory.remove_workload("near", Instant::now());
+        directory.remove_workload("far", Instant::now());
         let refusal = ways(&directory, "[fd00:96::10]:80").unwrap_err();
         assert!(matches!(refusal, Refusal::NoEndpoint(..)), "{refusal}");
     }
@@ -351,6 +381,34 @@ mod tests {
     fn a_remote_mesh_pod_is_never_reached_in_plaintext() {
         let ways = ways(&world(Balancing::default()), "10.0.2.2:9").unwrap();
         assert!(matches!(ways.as_slice(), [Upstream::Hbone { .. }]));
+    }
+
+    #[test]
+    fn the_address_of_a_mesh_pod_that_has_gone_is_not_reached_in_plaintext() {
+        let mut directory = world(Balancing::default());
+        directory.remove_workload("far", Instant::now());
+        let gone = Refusal::Gone("10.0.2.2".parse().unwrap());
+        assert_eq!(ways(&directory, "10.0.2.2:9").unwrap_err(), gone);
+        directory.put_workload(workload("next", "10.0.2.2", "n2"));
+        let ways = ways(&directory, "10.0.2.2:9").unwrap();
+        assert!(matches!(ways.as_slice(), [Upstream::Hbone { .. }]));
+    }
+
+    #[test]
+    fn who_leaves_the_mesh_is_sent_as_those_outside_it() {
+        let (directory, source) = (world(Balancing::default()), client());
+        let local = LocalWorkloads::from_iter([source.clone()]);
+        for to in ["10.0.2.2:9", "10.0.1.1:9"] {
+            let to = to.parse().unwrap();
+            let mut choice =
+                choose(&directory, &local, &source, to, Instant::now(), |_| 0).unwrap();
+            choice.leave_mesh();
+            let [way] = &choice.upstreams[..] else {
+                panic!("{choice:?}")
+            };
+            assert!(matches!(way, Upstream::Plain { .. }), "{way:?}");
+            assert_eq!(way.endpoint(), to);
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //!     └──────── backoff ◀─── closed; what was applied stays in force
 //! ```
 
-mod configuration;
+pub(crate) mod configuration;
 mod hello;
 mod report;
 
@@ -16,10 +16,11 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::BytesMut;
 use futures::{SinkExt, StreamExt};
+use hbone::local::LocalWorkloads;
 use hbone::serve::Listener;
 use hbone::{Server, Shared, with_causes};
 use prost::Message;
@@ -133,7 +134,10 @@ impl Agent {
                 _ = certificates.changed() => {}
                 _ = discovered.changed() => {}
                 _ = phase.changed() => self.listen_again(applied),
-                _ = look.tick() => self.listen_again(applied),
+                _ = look.tick() => {
+                    self.listen_again(applied);
+                    self.let_go();
+                }
             }
             let Some(applied) = applied.as_ref().filter(|_| configured) else {
                 continue;
@@ -161,9 +165,8 @@ impl Agent {
                 "a workload that the agent named cannot be served"
             );
         }
-        let identities = configuration.workloads.identities();
-        self.shared.local.store(configuration.workloads.clone());
-        self.shared.certificates.want(&identities, &self.signer);
+        let workloads = LocalWorkloads::clone(&configuration.workloads);
+        self.serve(workloads.after(&self.shared.local.load(), Instant::now()));
         self.shared
             .set_local_by_tunnel(configuration.local_by_tunnel);
         self.shared.sweep();
@@ -174,6 +177,19 @@ impl Agent {
         Applied {
             configuration,
             listeners,
+        }
+    }
+
+    fn serve(&self, workloads: LocalWorkloads) {
+        let identities = workloads.identities();
+        self.shared.local.store(Arc::new(workloads));
+        self.shared.certificates.want(&identities, &self.signer);
+    }
+
+    /// Whoever left the mesh some time ago is no longer served.
+    fn let_go(&self) {
+        if let Some(rest) = self.shared.local.load().without_expired(Instant::now()) {
+            self.serve(rest);
         }
     }
 

@@ -6,13 +6,14 @@
 //!     └──────── backoff ◀─── closed; the directory stays as it is
 //! ```
 
-mod absorb;
+pub(crate) mod absorb;
+mod intern;
 mod parse;
 mod policy;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hbone::{Shared, with_causes};
 use prost_types::value::Kind;
@@ -119,12 +120,18 @@ impl Discovery {
         response: DeltaDiscoveryResponse,
     ) -> Result<DeltaDiscoveryRequest, DiscoveryError> {
         let (type_url, nonce) = (response.type_url.clone(), response.nonce.clone());
+        let now = Instant::now();
         let rejected = if response.resources.len() < BULKY {
-            held.absorb(response)
+            let rejected = held.absorb(response, now);
+            publish(&self.shared, held);
+            rejected
         } else {
             let mut moved = std::mem::replace(held, Held::new(held.trust_domain().clone()));
+            let shared = self.shared.clone();
+            // To free what was known before takes as long as to take in what is known now.
             let work = tokio::task::spawn_blocking(move || {
-                let rejected = moved.absorb(response);
+                let rejected = moved.absorb(response, now);
+                publish(&shared, &moved);
                 (moved, rejected)
             });
             let (moved, rejected) = work.await?;
@@ -134,10 +141,6 @@ impl Discovery {
         for rejection in &rejected {
             tracing::warn!(%rejection, "a resource of the controller is rejected");
         }
-        self.shared
-            .directory
-            .store(Arc::new(held.directory().clone()));
-        self.shared.sweep();
         if held.is_complete() {
             self.shared.set_discovered();
         }
@@ -148,6 +151,12 @@ impl Discovery {
             ..DeltaDiscoveryRequest::default()
         })
     }
+}
+
+/// Lets connections see what is known now.
+fn publish(shared: &hbone::Shared, held: &Held) {
+    shared.directory.store(Arc::new(held.directory().clone()));
+    shared.sweep();
 }
 
 async fn send(

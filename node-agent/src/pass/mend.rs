@@ -5,11 +5,14 @@ use std::collections::BTreeSet;
 use datapath::attachment::Attachment;
 use datapath::kernel::Kernel;
 use datapath::names::Names;
-use datapath::{Datapath, Item, NodeInput, PerSlot, Plan, Slot, TunnelKind, build, plan};
+use datapath::{
+    Datapath, Item, NodeInput, PerSlot, Plan, Slot, TunnelKind, build, plan, with_holds,
+};
 
 use super::Node;
 use crate::desired::{self, Pod, Wanted};
 use crate::failure::Failure;
+use crate::holds::Holds;
 use crate::order::{self, Enrolment};
 use crate::roster::{Progress, Roster, Session};
 
@@ -68,7 +71,8 @@ impl Node {
             return Ok(Progressed::Waiting);
         };
         let forbidden = self.survey.forbids();
-        if let Some(forbidden) = forbidden.clone().filter(|_| observed.host.is_empty()) {
+        let begun = observed.host.iter().any(|item| !item.is_hold());
+        if let Some(forbidden) = forbidden.clone().filter(|_| !begun) {
             return Err(forbidden);
         }
         if !self.may_begin(roster, &observed) {
@@ -76,11 +80,51 @@ impl Node {
             return Ok(Progressed::Waiting);
         }
         let selected = self.select(wanted, roster, &observed);
-        let desired = build(&draft.with(&selected));
+        let enrolled: Vec<&Pod> = selected.iter().collect();
+        let holds = self.holds(wanted, &enrolled).await?;
+        let built = build(&draft.with(&selected));
+        let desired = with_holds(built, &holds.rules(), &self.host.names);
         self.reach(desired, &selected, &observed, &interest).await?;
+        self.forget(&holds)?;
         roster.settle(draft.serving);
         let complaint = forbidden.or_else(|| self.survey.breaks());
         complaint.map_or(Ok(Progressed::Done), Err)
+    }
+
+    /// Lets go who is not to be held, where the rest cannot be brought to what is wanted: pods that stay
+    /// out of the mesh need not wait for it.
+    pub(super) async fn release(&self, wanted: &Wanted) {
+        if let Err(failure) = self.try_release(wanted).await {
+            tracing::warn!(
+                reason = failure.reason,
+                "let go of held pods: {}",
+                failure.message
+            );
+        }
+    }
+
+    async fn try_release(&self, wanted: &Wanted) -> Result<(), Failure> {
+        let Some(kernel) = &self.kernel else {
+            return Ok(());
+        };
+        let observed = self.look(&self.desired, false).await?.unwrap_or_default();
+        let enrolled: Vec<&Pod> = self.enrolment.iter().flat_map(Enrolment::pods).collect();
+        let holds = self.holds(wanted, &enrolled).await?;
+        let desired = with_holds(observed.clone(), &holds.rules(), &self.host.names);
+        let applied = kernel.apply(&plan(&desired, &observed)).await;
+        applied.map_err(|error| Failure::from(&error))?;
+        self.forget(&holds)
+    }
+
+    async fn holds(&self, wanted: &Wanted, enrolled: &[&Pod]) -> Result<Holds, Failure> {
+        let wanted = Some(wanted).filter(|_| self.plugin.holds());
+        let found = Holds::find(&self.host.netns, self.plugin.records(), wanted, enrolled);
+        found.await.map_err(|error| Failure::plugin(&error))
+    }
+
+    fn forget(&self, holds: &Holds) -> Result<(), Failure> {
+        let forgotten = holds.forget(self.plugin.records());
+        forgotten.map_err(|error| Failure::plugin(&error))
     }
 
     fn check_kind(&self, wanted: &Wanted) -> Result<(), Failure> {
@@ -166,7 +210,10 @@ impl Node {
         let (applied, after) = self.apply(&steps, interest).await?;
         self.settle(selected, &after);
         applied?;
-        let left = plan(&desired, &after);
+        let mut left = plan(&desired, &after);
+        // Whoever began to be held meanwhile is the next pass's business.
+        let is_new = |item: &Item| item.is_hold() && !observed.host.contains(item);
+        left.steps.retain(|step| !is_new(step.change.item()));
         if !left.is_empty() {
             return Err(Failure::not_converged(&left));
         }

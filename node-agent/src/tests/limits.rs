@@ -148,9 +148,17 @@ async fn the_backend_of_iptables_is_kept_and_a_host_that_has_moved_is_told() {
         Path::new("/nonexistent/agent.sock"),
         Path::new("/proc/sys/net"),
     );
-    cleanup(bed.netns("host"), root, socket, &Names::default())
-        .await
-        .unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let mut plugin = super::plugin(folder.path());
+    cleanup(
+        bed.netns("host"),
+        root,
+        socket,
+        &Names::default(),
+        &mut plugin,
+    )
+    .await
+    .unwrap();
     assert!(!ours("legacy") && !ours("nft"));
     let mut agent = Agent::start(&bed, 3_000).await;
     agent.want(veth(1));

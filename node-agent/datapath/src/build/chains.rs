@@ -11,6 +11,9 @@ use crate::input::{Marks, NodeInput};
 use crate::names::Names;
 use crate::slot::Slot;
 
+/// `--syn` as iptables-save prints it: what opens a connection.
+const SYN: &str = "--tcp-flags FIN,SYN,RST,ACK SYN";
+
 pub(super) fn mangle(family: Family, input: &NodeInput) -> Chains {
     let proxied = input.marks.proxied;
     let save = Slot::BOTH.map(|slot| {
@@ -27,19 +30,31 @@ pub(super) fn mangle(family: Family, input: &NodeInput) -> Chains {
             proxied[slot]
         )
     });
-    let mut prerouting = carried(input);
+    let mut prerouting = vec![opened_anew(input)];
+    prerouting.extend(carried(input));
     prerouting.extend(of_proxies(family, input));
     prerouting.extend(of_pods(family, input));
+    let forward = [save.to_vec(), guard(family, input)].concat();
     chains(
         &input.names,
         family,
         Table::Mangle,
         [
             ("PREROUTING", prerouting),
-            ("FORWARD", save.to_vec()),
+            ("FORWARD", forward),
             ("INPUT", save.to_vec()),
             ("OUTPUT", answer.to_vec()),
         ],
+    )
+}
+
+/// After a reset by the answering side, conntrack takes a new connection between the same ports for the old
+/// one: whoever carried that knows nothing of this.
+fn opened_anew(input: &NodeInput) -> String {
+    let Marks { proxied, .. } = &input.marks;
+    let bits = proxied.first.mask() | proxied.second.mask();
+    format!(
+        "-p tcp -m tcp {SYN} -m conntrack --ctstatus ASSURED -j CONNMARK --set-xmark 0x0/{bits:#x}"
     )
 }
 
@@ -99,15 +114,44 @@ fn of_proxies(family: Family, input: &NodeInput) -> Vec<String> {
 fn of_pods(family: Family, input: &NodeInput) -> Vec<String> {
     let Marks { skip, outbound, .. } = &input.marks;
     vec![
-        // Connections older than the enrolment of their pod keep their direct path; those that a proxy
-        // carries have gone their way above.
-        format!("-p tcp -m conntrack --ctstate ESTABLISHED -j MARK --set-xmark {skip}"),
+        // Connections older than the enrolment of their pod keep their direct path, also while they are
+        // being opened; those that a proxy carries have gone their way above.
+        format!(
+            "-p tcp -m tcp ! {SYN} -m conntrack --ctstate ESTABLISHED -j MARK --set-xmark {skip}"
+        ),
+        format!(
+            "-p tcp -m conntrack --ctstate ESTABLISHED ! --ctstatus ASSURED -j MARK --set-xmark {skip}"
+        ),
         format!("-m mark --mark {skip} -j RETURN"),
         format!(
             "-p tcp -m set --match-set {} src -j MARK --set-xmark {outbound}",
             input.names.set(family)
         ),
     ]
+}
+
+/// What a proxy sends and would come back to one is dropped, as is what should have gone to a proxy and
+/// goes elsewhere: whatever single rule, route or chain of ours somebody deletes, nothing goes round and
+/// nothing leaves in the clear until it is mended.
+fn guard(family: Family, input: &NodeInput) -> Vec<String> {
+    let set = input.names.set(family);
+    let proxies = || input.proxies.taken();
+    let tunnels = || proxies().flat_map(|(slot, _)| input.names.devices(slot));
+    let mut rules = Vec::new();
+    for (_, proxy) in proxies() {
+        let device = &proxy.host_device;
+        rules.extend(tunnels().map(|tunnel| format!("-i {device} -o {tunnel} -j DROP")));
+    }
+    rules.push(format!("-m mark --mark {} -j RETURN", input.marks.skip));
+    let devices = proxies().map(|(_, proxy)| proxy.host_device.clone());
+    rules.extend(
+        devices
+            .chain(tunnels())
+            .map(|device| format!("-o {device} -j RETURN")),
+    );
+    rules
+        .extend(["src", "dst"].map(|end| format!("-p tcp -m set --match-set {set} {end} -j DROP")));
+    rules
 }
 
 pub(super) fn nat(family: Family, input: &NodeInput) -> Chains {

@@ -8,7 +8,7 @@ use super::routes::route;
 use crate::datapath::{Action, Chains, Item, Rule, Selector, Table, Target};
 use crate::family::Family;
 use crate::input::{Marks, NodeInput, Proxy, TunnelKind};
-use crate::names::{LINK_LOCAL, TABLE_LOCAL, peer, priority, proxy_port_range};
+use crate::names::{LINK_LOCAL, TABLE_LOCAL, forwarding, peer, priority, proxy_port_range};
 use crate::slot::Slot;
 
 pub(super) fn build(input: &NodeInput, slot: Slot, proxy: &Proxy) -> BTreeSet<Item> {
@@ -34,6 +34,9 @@ pub(super) fn build(input: &NodeInput, slot: Slot, proxy: &Proxy) -> BTreeSet<It
     let range = "ipv4/ip_local_port_range".to_owned();
     side.insert(setting(range, proxy_port_range(slot)));
     for family in input.families() {
+        // Many a pod's namespace forwards because its node does (`net.core.devconf_inherit_init_net`).
+        // Here it must not: with a part of this missing, it would send on what the host hands it.
+        side.insert(setting(forwarding(family).to_owned(), "0"));
         let local = Target::Local {
             device: "lo".to_owned(),
         };

@@ -5,8 +5,8 @@ use ipnet::IpNet;
 use super::is_closed_or_served;
 use crate::datapath::{Action, Item, Route, Rule, Selector, Target};
 use crate::family::Family;
-use crate::input::{NodeInput, Proxy, TunnelEnd};
-use crate::names::{METRIC_IPV6, METRIC_LAST, priority};
+use crate::input::{Hold, NodeInput, Proxy, TunnelEnd};
+use crate::names::{METRIC_IPV6, METRIC_LAST, Names, priority};
 use crate::slot::Slot;
 
 pub(super) fn routes(input: &NodeInput, family: Family) -> Vec<Item> {
@@ -101,6 +101,21 @@ fn unreachable(table: u32, destination: IpNet) -> Item {
         destination,
         metric: METRIC_LAST,
         target: Target::Unreachable,
+    })
+}
+
+/// What a pod sends that waits to be carried. Dropped without a word, an application's first packet is
+/// repeated a second later; refused, the application would be told that it failed. Only TCP: the rest
+/// is never carried.
+pub(super) fn hold(hold: &Hold, names: &Names) -> Item {
+    Item::Rule(Rule {
+        family: Family::of(hold.ip),
+        priority: names.priority_hold(),
+        selector: Selector::TcpFrom {
+            device: hold.device.clone(),
+            ip: hold.ip,
+        },
+        action: Action::Blackhole,
     })
 }
 

@@ -99,6 +99,7 @@ impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "priority {}", self.priority)?;
         match &self.selector {
+            Selector::TcpFrom { device, ip } => write!(f, " from {ip} iif {device} ipproto tcp")?,
             Selector::All => {}
             Selector::Mark(mark) => write!(f, " fwmark {mark}")?,
             Selector::SentHere => f.write_str(" iif lo")?,
@@ -108,6 +109,7 @@ impl fmt::Display for Rule {
             Action::Lookup(table) => write!(f, " lookup {table}"),
             Action::Goto(priority) => write!(f, " goto {priority}"),
             Action::Nop => f.write_str(" nop"),
+            Action::Blackhole => f.write_str(" blackhole"),
         }
     }
 }

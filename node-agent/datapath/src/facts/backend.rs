@@ -185,7 +185,7 @@ COMMIT
 -A PREROUTING -j KUBE-SERVICES
 COMMIT
 ";
-        let saved = Saved::new(Nft, Family::V4, text.to_owned(), Names::default());
+        let saved = Saved::new((Nft, Family::V4), None, text.to_owned(), Names::default());
         let expected = Usage {
             ours: true,
             hint: true,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::backend::Usage;
 use crate::family::Family;
 use crate::input::IptablesBackend;
+use crate::kernel::generation::Generation;
 use crate::names::Names;
 
 /// The whole of it, of one backend and one family.
@@ -18,8 +19,8 @@ pub(super) struct Saved {
     pub(super) names: Names,
     /// Who uses the backend, counted once.
     pub(super) usage: Usage,
-    /// Looks at the host since it was printed.
-    pub(super) age: u32,
+    /// That of the rules before they were printed.
+    pub(super) generation: Option<Generation>,
 }
 
 /// A rule of somebody else.
@@ -34,8 +35,8 @@ pub(super) struct Rule<'a> {
 impl Saved {
     /// What was just printed.
     pub(super) fn new(
-        backend: IptablesBackend,
-        family: Family,
+        (backend, family): (IptablesBackend, Family),
+        generation: Option<Generation>,
         text: String,
         names: Names,
     ) -> Self {
@@ -45,19 +46,10 @@ impl Saved {
             text: text.into(),
             names,
             usage: Usage::default(),
-            age: 0,
+            generation,
         };
         let usage = Usage::of(&saved);
         Self { usage, ..saved }
-    }
-
-    /// The same at the next look.
-    pub(super) fn older(&self) -> Self {
-        let age = self.age + 1;
-        Self {
-            age,
-            ..self.clone()
-        }
     }
 
     /// Rules that are not ours and do not lead to ours.

@@ -4,7 +4,9 @@ use std::path::Path;
 
 use super::FactsError;
 use super::obstacle::Obstacle;
+use crate::family::Family;
 use crate::kernel::sysctl::{self, SysctlError};
+use crate::names;
 use crate::netns::Netns;
 
 /// The setting that keeps the host from forwarding what pods and proxy send.
@@ -30,10 +32,10 @@ pub(super) fn forwarding(
 
 /// `ip_forward` sets that of every device, each of which can be changed alone.
 fn needed(device: Option<&str>, ipv6: bool) -> Vec<String> {
-    let mut paths = vec!["ipv4/ip_forward".to_owned()];
+    let mut paths = vec![names::forwarding(Family::V4).to_owned()];
     paths.extend(device.map(|device| format!("ipv4/conf/{device}/forwarding")));
     if ipv6 {
-        paths.push("ipv6/conf/all/forwarding".to_owned());
+        paths.push(names::forwarding(Family::V6).to_owned());
     }
     paths
 }

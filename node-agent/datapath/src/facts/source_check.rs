@@ -144,7 +144,12 @@ mod tests {
     }
 
     fn saved(text: String) -> Saved {
-        Saved::new(IptablesBackend::Nft, Family::V4, text, Names::default())
+        Saved::new(
+            (IptablesBackend::Nft, Family::V4),
+            None,
+            text,
+            Names::default(),
+        )
     }
 
     fn drops(saved: Saved, device: &str) -> bool {

@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::process::{Command, Output, Stdio};
 
+use super::generation::Generation;
 use crate::datapath::{Chain, Chains, Item, Table};
 use crate::family::Family;
 use crate::input::IptablesBackend;
@@ -19,14 +20,14 @@ pub struct Iptables {
 }
 
 /// All tables of one backend and one family, as `iptables-save` prints them.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Dump<'a> {
     /// The backend.
     pub backend: IptablesBackend,
     /// The family.
     pub family: Family,
-    /// That of nftables' rules before they were read.
-    pub generation: Option<u32>,
+    /// That of the rules before they were read.
+    pub generation: Option<Generation>,
     /// The text.
     pub text: &'a str,
 }
@@ -95,7 +96,7 @@ impl Iptables {
         }
     }
 
-    /// Our chains of a table, none if there are none; `known` are those that were last seen.
+    /// Our chains of a table, none if there are none.
     ///
     /// # Errors
     /// If the program is missing or fails.
@@ -104,35 +105,9 @@ impl Iptables {
         (family, table): (Family, Table),
         names: &Names,
         netns: &Netns,
-        known: Option<&Chains>,
     ) -> Result<Option<Chains>, IptablesError> {
-        let printed = match known {
-            // The other backend has a generation, and rarely has to be read.
-            Some(known) if self.backend == IptablesBackend::Legacy => {
-                match self.list(known, netns) {
-                    // One of them is gone: only the whole table tells which.
-                    Err(IptablesError::Failed { .. }) => self.save(family, table, netns)?,
-                    listed => listed?,
-                }
-            }
-            _ => self.save(family, table, netns)?,
-        };
+        let printed = self.save(family, table, netns)?;
         Ok(chains(family, table, names, &printed))
-    }
-
-    /// The rules of these chains and of those that lead to them, without the thousands that others may
-    /// have in the table. Fails if one is not there.
-    fn list(self, known: &Chains, netns: &Netns) -> Result<String, IptablesError> {
-        let program = self.restore_program(known.family);
-        // The only program that lists several chains of one reading of the table; it writes nothing.
-        let arguments = ["--noflush", "--test", "-w", "5"];
-        run(
-            netns,
-            program,
-            &arguments,
-            known.table.name(),
-            &question(known),
-        )
     }
 
     /// What `iptables-save` prints of a table.
@@ -251,14 +226,13 @@ fn chains(family: Family, table: Table, names: &Names, saved: &str) -> Option<Ch
     })
 }
 
-/// Our chains in what `iptables-save` or `iptables -S` printed, by built-in chain.
+/// Our chains in what `iptables-save` printed, by built-in chain.
 pub(crate) fn parse(saved: &str, names: &Names) -> BTreeMap<String, Chain> {
     let mut chains: BTreeMap<String, Chain> = BTreeMap::new();
     let mut places: BTreeMap<&str, usize> = BTreeMap::new();
     for line in saved.lines() {
         if let Some(name) = line
             .strip_prefix(':')
-            .or_else(|| line.strip_prefix("-N "))
             .and_then(|rest| rest.split(' ').next())
         {
             if let Some(hook) = names.hook(name) {
@@ -295,16 +269,6 @@ pub(crate) fn parse(saved: &str, names: &Names) -> BTreeMap<String, Chain> {
         *place += 1;
     }
     chains
-}
-
-/// The input of `iptables-restore --test` that lists chains of ours and the built-in ones above them.
-fn question(known: &Chains) -> String {
-    let mut text = format!("*{}\n", known.table.name());
-    for hook in known.chains.keys() {
-        // Writing to a String cannot fail.
-        let _ = writeln!(text, "-S {hook}\n-S {}{hook}", known.prefix);
-    }
-    text + "COMMIT\n"
 }
 
 /// The input of `iptables-restore --noflush` that leads from `old` to `new`.
@@ -365,27 +329,6 @@ COMMIT
         assert_eq!(chains["PREROUTING"].jumps, [1]);
         assert_eq!(chains["PREROUTING"].rules.len(), 2);
         assert!(chains["INPUT"].jumps.is_empty());
-    }
-
-    #[test]
-    fn what_lists_chains_is_read_as_what_saves_tables() {
-        let names = Names::default();
-        let listed = "\
--P PREROUTING ACCEPT
--A PREROUTING -j KUBE-SOMETHING
--A PREROUTING -j ztunnel-PREROUTING
--N ztunnel-PREROUTING
--A ztunnel-PREROUTING -i istioin -j MARK --set-xmark 0x200/0x200
--A ztunnel-PREROUTING -j RETURN
--P INPUT ACCEPT
--N ztunnel-INPUT
-";
-        assert_eq!(parse(listed, &names), parse(SAVED, &names));
-        let known = chains(Family::V4, Table::Mangle, &names, SAVED).unwrap();
-        assert_eq!(
-            question(&known),
-            "*mangle\n-S INPUT\n-S ztunnel-INPUT\n-S PREROUTING\n-S ztunnel-PREROUTING\nCOMMIT\n"
-        );
     }
 
     #[test]

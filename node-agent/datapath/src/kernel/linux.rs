@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use crate::datapath::{Datapath, Item, Member, Place, Table};
 use crate::family::Family;
 use crate::input::IptablesBackend;
+use crate::kernel::generation::Generation;
 use crate::kernel::ip_set;
 use crate::kernel::iptables::{Dump, Iptables, IptablesError};
 use crate::kernel::netfilter::Netfilter;
@@ -95,7 +96,9 @@ impl LinuxKernel {
         let of_one = |dump: Dump<'a>| {
             HOST_TABLES.map(|table| {
                 let chains = dump.chains(table, &self.names);
-                ((dump.family, table), dump.generation, chains)
+                let generation = dump.generation.as_ref();
+                let generation = generation.map(|all| all.of_table(table));
+                ((dump.family, table), generation, chains)
             })
         };
         self.host.seen.learn(ours.flat_map(of_one));
@@ -155,18 +158,24 @@ impl LinuxKernel {
         tables: &[Table],
         look: Look,
     ) -> Result<Vec<Item>, IptablesError> {
-        let generation = side.generation();
-        let trust = match look {
-            Look::Close => Trust::Generation(generation),
-            Look::Brief => Trust::Any,
-        };
         let of_one = |family, table| async move {
-            if let Some(chains) = side.seen.recall((family, table), trust) {
+            if let Some(chains) = side.seen.news((family, table)) {
                 return Ok(chains);
             }
-            let (iptables, netns) = (side.iptables, side.netns.clone());
-            let (names, known) = (self.names.clone(), side.seen.last((family, table)));
-            let read = move || iptables.observe((family, table), &names, &netns, known.as_ref());
+            let generation = || side.generation(family, table);
+            let trust = match look {
+                Look::Close => Trust::Generation(generation()),
+                Look::Brief => Trust::Any,
+            };
+            if let Some(chains) = side.seen.recall((family, table), &trust) {
+                return Ok(chains);
+            }
+            let generation = match trust {
+                Trust::Generation(generation) => generation,
+                Trust::Any => generation(),
+            };
+            let (iptables, netns, names) = (side.iptables, side.netns.clone(), self.names.clone());
+            let read = move || iptables.observe((family, table), &names, &netns);
             let chains = aside(read).await?;
             side.seen.keep((family, table), generation, chains.clone());
             Ok(chains)
@@ -333,12 +342,10 @@ impl Side {
         })
     }
 
-    /// That of the rules, where the backend has such a number and the kernel tells it.
-    fn generation(&self) -> Option<u32> {
-        match self.iptables.backend() {
-            IptablesBackend::Nft => self.netfilter.generation().ok().flatten(),
-            IptablesBackend::Legacy => None,
-        }
+    /// That of the rules of a table.
+    fn generation(&self, family: Family, table: Table) -> Option<Generation> {
+        let rules = (self.iptables.backend(), family);
+        Generation::of(rules, Some(table), &self.netns, &self.netfilter)
     }
 
     async fn replace(&self, old: Option<&Item>, new: Option<&Item>) -> Result<(), KernelError> {

@@ -60,7 +60,7 @@ impl Netfilter {
     }
 
     /// The members of a set of addresses; none if there is no such set.
-    pub(super) fn members(&self, set: &str) -> io::Result<Option<Vec<IpAddr>>> {
+    pub(crate) fn members(&self, set: &str) -> io::Result<Option<Vec<IpAddr>>> {
         let name = [set.as_bytes(), b"\0"].concat();
         let attributes = [
             DefaultNla::new(SET_PROTOCOL, vec![IPSET_PROTOCOL]),
@@ -68,9 +68,7 @@ impl Netfilter {
         ];
         let mut members = Vec::new();
         let asked = self.ask(IPSET_LIST, NLM_F_ACK | NLM_F_DUMP, &attributes, |answer| {
-            let lists = within(answer, SET_MEMBERS);
-            let data = lists.flat_map(|list| within(list, MEMBER_DATA));
-            members.extend(data.flat_map(|data| within(data, MEMBER_IP)).filter_map(ip));
+            members.extend(self::members(answer));
         });
         match asked {
             Err(error) if error.raw_os_error() == Some(nix::libc::ENOENT) => Ok(None),
@@ -104,27 +102,42 @@ impl Netfilter {
         socket.send(&question(kind, flags, *number, attributes), 0)?;
         loop {
             let (datagram, _) = socket.recv_from_full()?;
-            let mut rest = datagram.as_slice();
-            while !rest.is_empty() {
-                let message = NetlinkBuffer::new_checked(rest).map_err(io::Error::other)?;
-                let length = (message.length() as usize).next_multiple_of(4);
-                rest = rest.get(length..).unwrap_or_default();
-                // What is left of an earlier question that failed.
-                if message.sequence_number() != *number {
-                    continue;
-                }
-                match message.message_type() {
-                    NLMSG_ERROR | NLMSG_DONE => return outcome(message.payload()),
-                    _ => each(
-                        message
-                            .payload()
-                            .get(NETFILTER_HEADER..)
-                            .unwrap_or_default(),
-                    ),
-                }
+            if let Some(done) = answers(&datagram, *number, &mut each)? {
+                return done;
             }
         }
     }
+}
+
+/// Hands the attributes of what answers the question of this number over; its outcome, once that has come.
+pub(super) fn answers(
+    datagram: &[u8],
+    number: u32,
+    each: &mut impl FnMut(&[u8]),
+) -> io::Result<Option<io::Result<()>>> {
+    let mut rest = datagram;
+    while !rest.is_empty() {
+        let message = NetlinkBuffer::new_checked(rest).map_err(io::Error::other)?;
+        let length = (message.length() as usize).next_multiple_of(4);
+        rest = rest.get(length..).unwrap_or_default();
+        // What is left of an earlier question that failed.
+        if message.sequence_number() != number {
+            continue;
+        }
+        let payload = message.payload();
+        match message.message_type() {
+            NLMSG_ERROR | NLMSG_DONE => return Ok(Some(outcome(payload))),
+            _ => each(payload.get(NETFILTER_HEADER..).unwrap_or_default()),
+        }
+    }
+    Ok(None)
+}
+
+/// The members that an answer about a set names.
+pub(super) fn members(answer: &[u8]) -> impl Iterator<Item = IpAddr> {
+    let lists = within(answer, SET_MEMBERS);
+    let data = lists.flat_map(|list| within(list, MEMBER_DATA));
+    data.flat_map(|data| within(data, MEMBER_IP)).filter_map(ip)
 }
 
 fn question(kind: u16, flags: u16, number: u32, attributes: &[DefaultNla]) -> Vec<u8> {
@@ -146,7 +159,7 @@ fn outcome(payload: &[u8]) -> io::Result<()> {
         .map_or(0, |code| i32::from_ne_bytes(*code));
     match code {
         0 => Ok(()),
-        code => Err(io::Error::from_raw_os_error(-code)),
+        code => Err(io::Error::from_raw_os_error(code.wrapping_neg())),
     }
 }
 

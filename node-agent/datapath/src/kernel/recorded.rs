@@ -136,7 +136,12 @@ pub fn take(held: &mut Datapath, step: &Step) {
             lose(held, step.place, link);
         }
     }
-    held.side_mut(step.place).extend(new.cloned());
+    if let Some(new) = new {
+        // There is one of each, whatever the plan took for gone already.
+        let side = held.side_mut(step.place);
+        side.retain(|item| !new.replaces(item));
+        side.insert(new.clone());
+    }
 }
 
 fn lose(held: &mut Datapath, place: Place, link: &Link) {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::generation::Generation;
 use crate::datapath::{Chains, Table};
 use crate::family::Family;
 
@@ -14,45 +15,46 @@ pub(super) struct Seen {
 
 #[derive(Debug)]
 struct Reading {
-    /// That of nftables' rules before the reading.
-    generation: Option<u32>,
+    /// That of the rules before the reading.
+    generation: Option<Generation>,
     chains: Option<Chains>,
     /// Read a moment ago by somebody else, and not used yet.
     fresh: bool,
 }
 
 /// How much a former reading is worth.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Trust {
     /// Nobody has written since, as far as is known.
     Any,
-    /// Nobody has written since if this is still the generation, or if it was read a moment ago.
-    Generation(Option<u32>),
+    /// Nobody has written since if this is still the generation.
+    Generation(Option<Generation>),
 }
 
 impl Seen {
-    /// What was read of a table's chains, if that can be trusted.
-    pub(super) fn recall(&self, of: (Family, Table), trust: Trust) -> Option<Option<Chains>> {
+    /// What somebody else has read of a table's chains a moment ago; it is news once.
+    pub(super) fn news(&self, of: (Family, Table)) -> Option<Option<Chains>> {
         let mut readings = self.readings();
         let reading = readings.get_mut(&of)?;
-        let fresh = std::mem::take(&mut reading.fresh);
-        let holds = match trust {
-            Trust::Any => true,
-            Trust::Generation(now) => fresh || now.is_some() && now == reading.generation,
-        };
-        holds.then(|| reading.chains.clone())
+        std::mem::take(&mut reading.fresh).then(|| reading.chains.clone())
     }
 
-    /// What was last read of a table's chains, whatever has come of them.
-    pub(super) fn last(&self, of: (Family, Table)) -> Option<Chains> {
-        self.readings().get(&of)?.chains.clone()
+    /// What was read of a table's chains, if that can be trusted.
+    pub(super) fn recall(&self, of: (Family, Table), trust: &Trust) -> Option<Option<Chains>> {
+        let readings = self.readings();
+        let reading = readings.get(&of)?;
+        let holds = match trust {
+            Trust::Any => true,
+            Trust::Generation(now) => now.is_some() && *now == reading.generation,
+        };
+        holds.then(|| reading.chains.clone())
     }
 
     /// Keeps what was read, with the generation from before.
     pub(super) fn keep(
         &self,
         of: (Family, Table),
-        generation: Option<u32>,
+        generation: Option<Generation>,
         chains: Option<Chains>,
     ) {
         let fresh = false;
@@ -67,7 +69,7 @@ impl Seen {
     /// Takes over what somebody else has just read; whatever is not in it counts as unread.
     pub(super) fn learn(
         &self,
-        read: impl Iterator<Item = ((Family, Table), Option<u32>, Option<Chains>)>,
+        read: impl Iterator<Item = ((Family, Table), Option<Generation>, Option<Chains>)>,
     ) {
         let fresh = true;
         let readings = read.map(|(of, generation, chains)| {
@@ -95,35 +97,40 @@ impl Seen {
 mod tests {
     use super::*;
 
+    fn counted(count: u32) -> Option<Generation> {
+        Some(Generation::counted(count))
+    }
+
     const OF: (Family, Table) = (Family::V4, Table::Mangle);
 
     #[test]
     fn a_reading_is_worth_as_much_as_its_generation() {
         let seen = Seen::default();
-        assert_eq!(seen.recall(OF, Trust::Any), None);
-        seen.keep(OF, Some(7), None);
-        assert_eq!(seen.recall(OF, Trust::Any), Some(None));
-        assert_eq!(seen.recall(OF, Trust::Generation(Some(7))), Some(None));
-        assert_eq!(seen.recall(OF, Trust::Generation(Some(8))), None);
+        assert_eq!(seen.recall(OF, &Trust::Any), None);
+        seen.keep(OF, counted(7), None);
+        assert_eq!(seen.recall(OF, &Trust::Any), Some(None));
+        assert_eq!(seen.recall(OF, &Trust::Generation(counted(7))), Some(None));
+        assert_eq!(seen.recall(OF, &Trust::Generation(counted(8))), None);
         seen.forget(OF);
-        assert_eq!(seen.recall(OF, Trust::Any), None);
+        assert_eq!(seen.recall(OF, &Trust::Any), None);
     }
 
     #[test]
-    fn what_was_just_read_is_trusted_once() {
+    fn what_was_just_read_is_news_once() {
         let seen = Seen::default();
-        seen.keep((Family::V6, Table::Nat), Some(7), None);
+        seen.keep((Family::V6, Table::Nat), counted(7), None);
         seen.learn([(OF, None, None)].into_iter());
-        assert_eq!(seen.recall(OF, Trust::Generation(None)), Some(None));
-        assert_eq!(seen.recall(OF, Trust::Generation(None)), None);
-        assert_eq!(seen.recall((Family::V6, Table::Nat), Trust::Any), None);
+        assert_eq!(seen.news(OF), Some(None));
+        assert_eq!(seen.news(OF), None);
+        assert_eq!(seen.recall(OF, &Trust::Any), Some(None));
+        assert_eq!(seen.recall((Family::V6, Table::Nat), &Trust::Any), None);
     }
 
     #[test]
     fn without_a_generation_everything_is_read_again() {
         let seen = Seen::default();
         seen.keep(OF, None, None);
-        assert_eq!(seen.recall(OF, Trust::Generation(None)), None);
-        assert_eq!(seen.recall(OF, Trust::Any), Some(None));
+        assert_eq!(seen.recall(OF, &Trust::Generation(None)), None);
+        assert_eq!(seen.recall(OF, &Trust::Any), Some(None));
     }
 }

@@ -25,7 +25,7 @@ impl Bed {
     pub(crate) fn dial(
         &self,
         name: &str,
-        source: IpAddr,
+        source: SocketAddr,
         to: SocketAddr,
         patience: Duration,
     ) -> io::Result<TcpStream> {
@@ -37,9 +37,11 @@ impl Bed {
             let stream = SockType::Stream;
             let socket = socket(family, stream, SockFlag::SOCK_CLOEXEC, None)?;
             setsockopt(&socket, sockopt::IpTransparent, &true)?;
+            // A program that another test is just starting may still hold a closed socket of the same port.
+            setsockopt(&socket, sockopt::ReuseAddr, &true)?;
             let patience = TimeVal::milliseconds(patience.as_millis().try_into().unwrap());
             setsockopt(&socket, sockopt::SendTimeout, &patience)?;
-            let source = SockaddrStorage::from(SocketAddr::new(source, 0));
+            let source = SockaddrStorage::from(source);
             bind(socket.as_raw_fd(), &source)?;
             connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
             Ok(TcpStream::from(socket))

@@ -5,6 +5,7 @@ pub(crate) mod converge;
 pub(crate) mod crowd;
 pub(crate) mod dial;
 pub(crate) mod foreign;
+pub(crate) mod leftovers;
 pub(crate) mod read;
 
 use std::collections::BTreeSet;
@@ -60,11 +61,9 @@ impl Bed {
     }
 
     fn of(backend: IptablesBackend, is_dual: bool) -> Self {
-        let prefix = format!(
-            "ambit-t{}-{}",
-            std::process::id(),
-            NEXT.fetch_add(1, Ordering::Relaxed)
-        );
+        leftovers::prevent();
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let prefix = format!("{}{number}", leftovers::prefix(std::process::id()));
         let mut bed = Self {
             prefix,
             names: Vec::new(),

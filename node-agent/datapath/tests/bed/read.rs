@@ -55,9 +55,10 @@ impl Bed {
             readings.push((format!("{family}-save"), chains(&read(&save))));
         }
         let mut settings =
-            "cd /proc/sys/net; grep . ipv4/conf/*/rp_filter ipv4/ip_local_port_range".to_owned();
+            "cd /proc/sys/net; grep . ipv4/conf/*/rp_filter ipv4/ip_forward ipv4/ip_local_port_range"
+                .to_owned();
         if self.is_dual {
-            settings += " ipv6/conf/*istio*/addr_gen_mode ipv6/conf/*istio*/disable_ipv6";
+            settings += " ipv6/conf/all/forwarding ipv6/conf/*istio*/addr_gen_mode ipv6/conf/*istio*/disable_ipv6";
         }
         readings.push(("sysctl net".to_owned(), read(&settings)));
         readings.retain(|(_, lines)| lines.iter().any(|line| !line.is_empty()));

@@ -112,7 +112,7 @@ fn prepare(families: Families) {
     }
 }
 
-fn run(command: &str) {
+pub(crate) fn run(command: &str) {
     let mut words = command.split_whitespace();
     let output = Command::new(words.next().unwrap())
         .args(words)
@@ -146,27 +146,27 @@ pub(crate) fn workload(name: &str, host: Host) -> Workload {
         uid: name.into(),
         name: name.into(),
         namespace: "shop".into(),
-        service_account: name.to_owned(),
+        service_account: name.into(),
         hbone: Some(identity(name)),
         addresses: host.addresses(),
         host_network: false,
-        node: String::new(),
-        network: String::new(),
+        node: "".into(),
+        network: "".into(),
         healthy: true,
         locality: Locality::default(),
         workload_name: name.into(),
         workload_type: "pod",
         canonical_name: name.into(),
-        canonical_revision: "latest".to_owned(),
-        cluster: "Kubernetes".to_owned(),
-        services: BTreeMap::new(),
+        canonical_revision: "latest".into(),
+        cluster: "Kubernetes".into(),
+        services: Arc::default(),
         policies: Vec::new(),
     }
 }
 
 pub(crate) fn endpoint(name: &str, host: Host) -> Workload {
     Workload {
-        services: BTreeMap::from([("shop/web".into(), BTreeMap::from([(80, 8080)]))]),
+        services: Arc::new([("shop/web".into(), [(80, 8080)].into())].into()),
         ..workload(name, host)
     }
 }
@@ -359,6 +359,19 @@ pub(crate) async fn serve_echo(ip: impl Into<IpAddr>, port: u16) -> JoinHandle<(
             });
         }
     })
+}
+
+/// What a client gets that has sent this text.
+pub(crate) fn greeting(ip: impl Into<IpAddr>, text: &str) -> String {
+    format!("{}\n{text}", ip.into())
+}
+
+/// Takes the greeting that an echo server begins with.
+pub(crate) async fn greeted(stream: &mut TcpStream, ip: impl Into<IpAddr>) {
+    let expected = greeting(ip, "");
+    let mut begun = vec![0; expected.len()];
+    stream.read_exact(&mut begun).await.unwrap();
+    assert_eq!(begun, expected.as_bytes());
 }
 
 /// Sends a text to an echo server; gives what came back.

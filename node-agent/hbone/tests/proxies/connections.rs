@@ -11,18 +11,6 @@ use hbone::policy::{Match, Policy, PolicyAction, Text};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-fn greeting(ip: impl Into<IpAddr>, text: &str) -> String {
-    format!("{}\n{text}", ip.into())
-}
-
-/// Takes the greeting that an echo server begins with.
-async fn greeted(stream: &mut TcpStream, ip: impl Into<IpAddr>) {
-    let expected = greeting(ip, "");
-    let mut begun = vec![0; expected.len()];
-    stream.read_exact(&mut begun).await.unwrap();
-    assert_eq!(begun, expected.as_bytes());
-}
-
 /// A connection of the client to the server, with both ends in hand.
 async fn pair() -> (Mesh, TcpStream, TcpStream) {
     let mesh = Mesh::new().await;
@@ -79,7 +67,7 @@ fn pods_of_one_node_are_joined_and_a_pod_reaches_itself() {
         mesh.near
             .change(|directory| directory.put_workload(endpoint("client", CLIENT)));
         mesh.near
-            .change(|directory| directory.remove_workload("server"));
+            .change(|directory| directory.remove_workload("server", Instant::now()));
         for by_tunnel in [false, true] {
             mesh.near.shared.set_local_by_tunnel(by_tunnel);
             let stream = dial(CLIENT, at(NEIGHBOUR, 8080)).await.unwrap();
@@ -185,7 +173,7 @@ fn a_service_without_endpoints_refuses_at_once() {
     in_namespace(async || {
         let mesh = Mesh::new().await;
         mesh.near
-            .change(|directory| directory.remove_workload("server"));
+            .change(|directory| directory.remove_workload("server", Instant::now()));
         let start = Instant::now();
         let refused = refusal(dial(CLIENT, at(VIP, 80)).await).await;
         assert_eq!(refused, ErrorKind::ConnectionReset);
@@ -392,29 +380,6 @@ fn the_hundred_and_first_stream_opens_a_second_tunnel() {
 }
 
 #[test]
-fn tunnels_go_with_their_workloads() {
-    in_namespace(async || {
-        let mesh = Mesh::new().await;
-        serve_echo(SERVER, 8080).await;
-        let mut open = dial(CLIENT, at(VIP, 80)).await.unwrap();
-        greeted(&mut open, CLIENT).await;
-        mesh.near
-            .change(|directory| directory.remove_workload("server"));
-        assert_eq!(mesh.near.shared.tunnels(), 0);
-        assert_eq!(talk(open, "goes on").await.unwrap(), "goes on");
-        // The address is another pod's now, with another identity.
-        mesh.far
-            .set_pods(&mesh.authority, [pod("other", SERVER)])
-            .await;
-        mesh.near
-            .change(|directory| directory.put_workload(endpoint("other", SERVER)));
-        let stream = dial(CLIENT, at(VIP, 80)).await.unwrap();
-        assert_eq!(talk(stream, "x").await.unwrap(), greeting(CLIENT, "x"));
-        assert_eq!(mesh.near.shared.tunnels(), 1);
-    });
-}
-
-#[test]
 fn a_proxy_that_ends_lets_its_connections_finish() {
     in_namespace(async || {
         let mesh = Mesh::new().await;
@@ -480,5 +445,28 @@ fn a_source_port_serves_many_destinations_at_a_time() {
             greeted(&mut stream, CLIENT).await;
             open.push(stream);
         }
+    });
+}
+
+#[test]
+fn a_listener_that_somebody_ended_from_outside_listens_again() {
+    in_namespace(async || {
+        let (log, _guard) = Log::start();
+        let mesh = Mesh::new().await;
+        serve_echo(SERVER, 8080).await;
+        let end = |port: u16| run(&format!("ss -K state listening sport = :{port}"));
+        for port in [15001, 15008] {
+            end(port);
+        }
+        let start = Instant::now();
+        let answer = loop {
+            match dial(CLIENT, at(VIP, 80)).await {
+                Ok(stream) => break talk(stream, "again").await.unwrap(),
+                Err(error) => assert!(start.elapsed() < Duration::from_secs(5), "{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        };
+        assert_eq!(answer, greeting(CLIENT, "again"), "{}", log.take());
+        drop(mesh);
     });
 }

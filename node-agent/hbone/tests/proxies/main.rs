@@ -8,6 +8,7 @@
     reason = "these are tests"
 )]
 
+mod address_reuse;
 mod bed;
 mod connections;
 mod refusals;

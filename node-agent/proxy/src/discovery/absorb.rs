@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use hbone::directory::Directory;
 use hbone::identity::TrustDomain;
@@ -14,6 +15,7 @@ use protocol::discovery::{DeltaDiscoveryResponse, Resource, Status};
 use protocol::workload::{Address, address};
 use protocol::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
 
+use super::intern::Interner;
 use super::{parse, policy};
 
 /// `INVALID_ARGUMENT` of gRPC.
@@ -40,12 +42,13 @@ pub(crate) struct Rejection {
 pub(crate) struct Held {
     trust_domain: TrustDomain,
     directory: Directory,
+    interner: Interner,
     addresses: Versions,
     policies: Versions,
 }
 
 /// Version by name, once there was a first response.
-type Versions = Option<HashMap<String, String>>;
+type Versions = Option<HashMap<Arc<str>, Box<str>>>;
 
 impl Kind {
     /// Addresses are asked for first: a controller that splits its first answer has sent all of it
@@ -75,6 +78,7 @@ impl Held {
         Self {
             trust_domain,
             directory: Directory::default(),
+            interner: Interner::default(),
             addresses: None,
             policies: None,
         }
@@ -99,19 +103,27 @@ impl Held {
             Kind::Address => &self.addresses,
             Kind::Authorization => &self.policies,
         };
-        versions.clone().unwrap_or_default()
+        let versions = versions.iter().flatten();
+        versions
+            .map(|(name, version)| (name.to_string(), version.to_string()))
+            .collect()
     }
 
-    /// Takes a response in; gives what was rejected of it.
-    pub(crate) fn absorb(&mut self, response: DeltaDiscoveryResponse) -> Vec<Rejection> {
+    /// Takes a response in that has come at this time; gives what was rejected of it.
+    pub(crate) fn absorb(
+        &mut self,
+        response: DeltaDiscoveryResponse,
+        now: Instant,
+    ) -> Vec<Rejection> {
+        self.directory.forget_gone(now);
         let Some(kind) = Kind::of(&response.type_url) else {
             let error = "nobody asked for this type".to_owned();
             let name = response.type_url;
             return vec![Rejection { name, error }];
         };
         for name in &response.removed_resources {
-            self.remove(kind, name);
-            self.versions_mut(kind).remove(name);
+            self.remove(kind, name, now);
+            self.versions_mut(kind).remove(&**name);
         }
         self.versions_mut(kind);
         let mut rejected = Vec::new();
@@ -119,7 +131,10 @@ impl Held {
             let Resource { name, version, .. } = &resource;
             match self.put(kind, &resource) {
                 Ok(()) => {
-                    let (name, version) = (name.clone(), version.clone());
+                    let known = self.directory.workload(name);
+                    let name =
+                        known.map_or_else(|| name.as_str().into(), |known| known.uid.clone());
+                    let version = version.as_str().into();
                     self.versions_mut(kind).insert(name, version);
                 }
                 Err(error) => rejected.push(Rejection {
@@ -128,10 +143,11 @@ impl Held {
                 }),
             }
         }
+        self.interner.clean();
         rejected
     }
 
-    fn versions_mut(&mut self, kind: Kind) -> &mut HashMap<String, String> {
+    fn versions_mut(&mut self, kind: Kind) -> &mut HashMap<Arc<str>, Box<str>> {
         let versions = match kind {
             Kind::Address => &mut self.addresses,
             Kind::Authorization => &mut self.policies,
@@ -139,11 +155,11 @@ impl Held {
         versions.get_or_insert_default()
     }
 
-    fn remove(&mut self, kind: Kind, name: &str) {
+    fn remove(&mut self, kind: Kind, name: &str, now: Instant) {
         match kind {
             // The name does not say which of the two it is; no name is of both.
             Kind::Address => {
-                self.directory.remove_workload(name);
+                self.directory.remove_workload(name, now);
                 self.directory.remove_service(name);
             }
             Kind::Authorization => self.directory.remove_policy(name),
@@ -167,7 +183,7 @@ impl Held {
     fn put_address(&mut self, name: &str, address: Address) -> Result<(), String> {
         match address.r#type.ok_or("it is neither workload nor service")? {
             address::Type::Workload(workload) => {
-                let workload = parse::workload(&self.trust_domain, workload)?;
+                let workload = parse::workload(&self.trust_domain, &mut self.interner, workload)?;
                 same_name(name, &workload.uid)?;
                 self.directory.put_workload(workload);
             }
@@ -240,6 +256,12 @@ mod tests {
         Held::new(TrustDomain::new("td").unwrap())
     }
 
+    impl Held {
+        fn absorb_now(&mut self, response: DeltaDiscoveryResponse) -> Vec<Rejection> {
+            self.absorb(response, Instant::now())
+        }
+    }
+
     fn workload(uid: &str, account: &str) -> Resource {
         let workload = Workload {
             uid: uid.to_owned(),
@@ -280,7 +302,7 @@ mod tests {
     fn a_bad_resource_is_rejected_and_the_rest_is_kept() {
         let mut held = held();
         let resources = vec![workload("a", "web"), workload("b", "no account!")];
-        let rejected = held.absorb(response(ADDRESS_TYPE, resources, &[]));
+        let rejected = held.absorb_now(response(ADDRESS_TYPE, resources, &[]));
         assert_eq!(rejected.len(), 1);
         let detail = error_detail(&rejected).unwrap();
         assert!(detail.message.starts_with("b: "), "{}", detail.message);
@@ -292,28 +314,28 @@ mod tests {
     #[test]
     fn what_was_known_stays_when_its_new_version_is_rejected() {
         let mut held = held();
-        held.absorb(response(ADDRESS_TYPE, vec![workload("a", "web")], &[]));
-        held.absorb(response(ADDRESS_TYPE, vec![workload("a", "!")], &[]));
+        held.absorb_now(response(ADDRESS_TYPE, vec![workload("a", "web")], &[]));
+        held.absorb_now(response(ADDRESS_TYPE, vec![workload("a", "!")], &[]));
         assert_eq!(
-            held.directory().workload("a").unwrap().service_account,
-            "web"
+            *held.directory().workload("a").unwrap().service_account,
+            *"web"
         );
     }
 
     #[test]
     fn it_is_complete_when_both_types_came_even_if_empty() {
         let mut held = held();
-        held.absorb(response(ADDRESS_TYPE, Vec::new(), &[]));
+        held.absorb_now(response(ADDRESS_TYPE, Vec::new(), &[]));
         assert!(!held.is_complete());
-        held.absorb(response(AUTHORIZATION_TYPE, Vec::new(), &[]));
+        held.absorb_now(response(AUTHORIZATION_TYPE, Vec::new(), &[]));
         assert!(held.is_complete());
     }
 
     #[test]
     fn what_is_removed_is_forgotten_with_its_version() {
         let mut held = held();
-        held.absorb(response(ADDRESS_TYPE, vec![workload("a", "web")], &[]));
-        held.absorb(response(ADDRESS_TYPE, Vec::new(), &["a", "never-known"]));
+        held.absorb_now(response(ADDRESS_TYPE, vec![workload("a", "web")], &[]));
+        held.absorb_now(response(ADDRESS_TYPE, Vec::new(), &["a", "never-known"]));
         assert!(held.directory().workload("a").is_none());
         assert!(held.versions(Kind::Address).is_empty());
     }
@@ -323,7 +345,7 @@ mod tests {
         let mut held = held();
         let mut other = workload("a", "web");
         other.name = "b".to_owned();
-        let rejected = held.absorb(response(ADDRESS_TYPE, vec![other], &[]));
+        let rejected = held.absorb_now(response(ADDRESS_TYPE, vec![other], &[]));
         assert_eq!(rejected[0].to_string(), "b: it calls itself a");
         assert!(held.directory().workload("a").is_none());
     }
@@ -339,7 +361,7 @@ mod tests {
         };
         let bad = resource("shop/p", AUTHORIZATION_TYPE, policy.encode_to_vec());
         assert_eq!(
-            held.absorb(response(AUTHORIZATION_TYPE, vec![bad], &[]))
+            held.absorb_now(response(AUTHORIZATION_TYPE, vec![bad], &[]))
                 .len(),
             1
         );
@@ -354,6 +376,9 @@ mod tests {
 
     #[test]
     fn an_unknown_type_is_rejected() {
-        assert_eq!(held().absorb(response("other", Vec::new(), &[])).len(), 1);
+        assert_eq!(
+            held().absorb_now(response("other", Vec::new(), &[])).len(),
+            1
+        );
     }
 }

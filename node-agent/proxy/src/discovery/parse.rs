@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
-use std::sync::Arc;
 
-use hbone::directory::{Balancing, Locality, Scope, Service, Workload};
+use super::intern::Interner;
+use hbone::directory::{Balancing, Locality, Scope, ServedPorts, Service, Workload};
 use hbone::identity::{SpiffeId, TrustDomain};
 use protocol::workload::load_balancing::{self, HealthPolicy, Mode};
 use protocol::workload::{
@@ -15,13 +15,14 @@ use protocol::workload::{
 /// Checks a workload.
 pub(crate) fn workload(
     own_trust_domain: &TrustDomain,
+    interner: &mut Interner,
     message: wire::Workload,
 ) -> Result<Workload, String> {
     if message.uid.is_empty() {
         return Err("it has no UID".to_owned());
     }
     let hbone = match message.tunnel_protocol() {
-        TunnelProtocol::Hbone => Some(identity(own_trust_domain, &message)?),
+        TunnelProtocol::Hbone => Some(interner.identity(identity(own_trust_domain, &message)?)),
         TunnelProtocol::None | TunnelProtocol::LegacyIstioMtls => None,
     };
     let addresses: Result<Vec<IpAddr>, String> = message
@@ -29,10 +30,10 @@ pub(crate) fn workload(
         .iter()
         .map(|bytes| address(bytes))
         .collect();
-    let services: Result<BTreeMap<Arc<str>, BTreeMap<u16, u16>>, String> = message
+    let services: Result<ServedPorts, String> = message
         .services
         .iter()
-        .map(|(key, list)| Ok((key.as_str().into(), endpoint_ports(&list.ports)?)))
+        .map(|(key, list)| Ok((interner.text(key), endpoint_ports(&list.ports)?)))
         .collect();
     let (status, kind, mode) = (
         message.status(),
@@ -43,29 +44,29 @@ pub(crate) fn workload(
     Ok(Workload {
         uid: message.uid.into(),
         name: message.name.into(),
-        namespace: message.namespace.into(),
-        service_account: message.service_account,
+        namespace: interner.text(&message.namespace),
+        service_account: interner.text(&message.service_account),
         hbone,
         addresses: addresses?,
         host_network: mode == NetworkMode::HostNetwork,
-        node: message.node,
-        network: message.network,
+        node: interner.text(&message.node),
+        network: interner.text(&message.network),
         healthy: status == WorkloadStatus::Healthy,
         locality: Locality {
-            region: locality.region,
-            zone: locality.zone,
-            subzone: locality.subzone,
+            region: interner.text(&locality.region),
+            zone: interner.text(&locality.zone),
+            subzone: interner.text(&locality.subzone),
         },
-        workload_name: message.workload_name.into(),
+        workload_name: interner.text(&message.workload_name),
         workload_type: kind_name(kind),
-        canonical_name: message.canonical_name.into(),
-        canonical_revision: message.canonical_revision,
-        cluster: message.cluster_id,
-        services: services?,
+        canonical_name: interner.text(&message.canonical_name),
+        canonical_revision: interner.text(&message.canonical_revision),
+        cluster: interner.text(&message.cluster_id),
+        services: interner.services(services?),
         policies: message
             .authorization_policies
-            .into_iter()
-            .map(Arc::from)
+            .iter()
+            .map(|name| interner.text(name))
             .collect(),
     })
 }
@@ -225,7 +226,7 @@ mod tests {
 
     #[test]
     fn a_workload_of_the_mesh_has_an_identity() {
-        let parsed = workload(&own(), message()).unwrap();
+        let parsed = workload(&own(), &mut Interner::default(), message()).unwrap();
         let identity = parsed.hbone.unwrap().to_string();
         assert_eq!(identity, "spiffe://td/ns/shop/sa/web");
         assert_eq!(
@@ -249,7 +250,7 @@ mod tests {
         for list in message.services.values_mut() {
             list.ports[0].target_port = 0;
         }
-        let parsed = workload(&own(), message).unwrap();
+        let parsed = workload(&own(), &mut Interner::default(), message).unwrap();
         assert!(parsed.services.values().all(BTreeMap::is_empty));
     }
 
@@ -260,7 +261,12 @@ mod tests {
             tunnel_protocol: TunnelProtocol::None.into(),
             ..message()
         };
-        assert_eq!(workload(&own(), outside).unwrap().hbone, None);
+        assert_eq!(
+            workload(&own(), &mut Interner::default(), outside)
+                .unwrap()
+                .hbone,
+            None
+        );
     }
 
     #[test]
@@ -284,7 +290,10 @@ mod tests {
             },
         ];
         for message in bad {
-            assert!(workload(&own(), message.clone()).is_err(), "{message:?}");
+            assert!(
+                workload(&own(), &mut Interner::default(), message.clone()).is_err(),
+                "{message:?}"
+            );
         }
     }
 
@@ -326,7 +335,7 @@ mod tests {
         #[test]
         fn no_bytes_make_the_parsers_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             if let Ok(message) = wire::Workload::decode(&*bytes) {
-                let _ = workload(&own(), message);
+                let _ = workload(&own(), &mut Interner::default(), message);
             }
             if let Ok(message) = wire::Service::decode(&*bytes) {
                 let _ = service(message);

@@ -20,11 +20,19 @@ pub(crate) const TOKEN: &str = "the-token";
 pub(crate) struct Program {
     folder: TempDir,
     child: std::cell::RefCell<Child>,
-    pid: Pid,
+    pub(crate) pid: Pid,
 }
 
 /// Runs a test in a network namespace of its own, with the program running in it.
 pub(crate) fn in_namespace(test: impl AsyncFnOnce(&Program) + Send + 'static) {
+    in_namespace_for(Duration::from_secs(30), test);
+}
+
+/// The same with another limit, for work that comes to something.
+pub(crate) fn in_namespace_for<T: Send + 'static>(
+    limit: Duration,
+    work: impl AsyncFnOnce(&Program) -> T + Send + 'static,
+) -> T {
     let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).expect("these tests need root");
         for command in ["link set lo up", "address add 10.1.0.1/32 dev lo"] {
@@ -36,17 +44,13 @@ pub(crate) fn in_namespace(test: impl AsyncFnOnce(&Program) + Send + 'static) {
             .build();
         runtime.unwrap().block_on(async {
             let program = Program::start().await;
-            let limit = Duration::from_secs(30);
-            let done = tokio::time::timeout(limit, test(&program)).await;
-            assert!(
-                done.is_ok(),
-                "the test hangs; the program's log:\n{}",
-                program.log()
-            );
-        });
+            let done = tokio::time::timeout(limit, work(&program)).await;
+            done.unwrap_or_else(|_| panic!("it hangs; the program's log:\n{}", program.log()))
+        })
     });
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
+    match thread.join() {
+        Ok(done) => done,
+        Err(panic) => std::panic::resume_unwind(panic),
     }
 }
 

@@ -1,13 +1,14 @@
 //! The command line.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
 use http::Uri;
 
 #[derive(Parser)]
 pub(crate) struct Arguments {
-    /// Seconds after which a client gives up.
+    /// Seconds after which a client gives up; for one that lasts, seconds that each of its steps may take.
     #[arg(long, default_value_t = 10, global = true)]
     pub(crate) timeout: u64,
     #[command(subcommand)]
@@ -45,6 +46,9 @@ pub(crate) enum Command {
         #[arg(long)]
         to: String,
     },
+    /// Opens connections to TCP servers all the time and keeps some more in use, until standard input
+    /// ends; tells how that went then, and whenever a line comes in.
+    Traffic(Traffic),
     /// Sends a text, closes its own direction and reads the answer that comes only then.
     HalfClose {
         /// Host and port.
@@ -124,6 +128,45 @@ pub(crate) enum Command {
     },
 }
 
+/// What traffic is made.
+#[derive(Args)]
+pub(crate) struct Traffic {
+    /// Where to, in turns.
+    #[arg(long, required = true)]
+    pub(crate) to: Vec<Target>,
+    /// New connections a second.
+    #[arg(long, default_value_t = 50)]
+    pub(crate) rate: u32,
+    /// Connections to each target that are kept in use besides.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) held: usize,
+    /// The line that is sent on each.
+    #[arg(long, default_value = "ping")]
+    pub(crate) text: String,
+}
+
+/// A TCP server: `PODS=ADDRESS`, the pods that may answer there, joined by `|`, and where to connect to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Target {
+    pub(crate) pods: Vec<String>,
+    pub(crate) address: SocketAddr,
+}
+
+impl FromStr for Target {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (pods, address) = text
+            .split_once('=')
+            .ok_or("no '=' between pods and address")?;
+        let address = address
+            .parse()
+            .map_err(|_| format!("{address:?} is no address and port"))?;
+        let pods = pods.split('|').map(str::to_owned).collect();
+        Ok(Self { pods, address })
+    }
+}
+
 /// Ports of the servers.
 #[derive(Args, Clone, Copy)]
 pub(crate) struct Ports {
@@ -139,4 +182,19 @@ pub(crate) struct Ports {
     /// UDP: sends back what it gets.
     #[arg(long, default_value_t = 9000)]
     pub(crate) udp: u16,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_names_who_may_answer() {
+        let target: Target = "a|b=[fd00::1]:9000".parse().unwrap();
+        assert_eq!(target.pods, ["a", "b"]);
+        assert_eq!(target.address, "[fd00::1]:9000".parse().unwrap());
+        for wrong in ["10.0.0.1:9000", "a=somewhere:9000", "a=10.0.0.1"] {
+            assert!(wrong.parse::<Target>().is_err(), "{wrong}");
+        }
+    }
 }

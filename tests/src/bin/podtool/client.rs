@@ -4,6 +4,7 @@ mod hbone;
 mod http;
 mod ping;
 mod tcp;
+mod traffic;
 mod udp;
 
 use std::collections::BTreeSet;
@@ -18,13 +19,22 @@ use crate::args::Command;
 /// How long an answer to a ping may take.
 const PING_LIMIT: Duration = Duration::from_secs(5);
 
-/// Runs one client.
-pub(crate) async fn run(command: Command) -> Result<Value> {
+/// Runs one client, which may take so long, or lasts until standard input ends.
+pub(crate) async fn run(command: Command, limit: Duration) -> Result<Value> {
     match command {
-        Command::Serve(_) | Command::Obey => bail!("not a client"),
+        Command::Hold { to } => tcp::hold(&to, limit).await,
+        Command::Traffic(wanted) => traffic::run(wanted, limit).await,
+        other => within(limit, once(other)).await,
+    }
+}
+
+async fn once(command: Command) -> Result<Value> {
+    match command {
+        Command::Serve(_) | Command::Obey | Command::Hold { .. } | Command::Traffic(_) => {
+            bail!("not a client that is done once")
+        }
         Command::Send { to, text } => tcp::send(&to, &text).await,
         Command::Dribble { to, bytes } => tcp::dribble(&to, bytes).await,
-        Command::Hold { to } => tcp::hold(&to).await,
         Command::HalfClose { to, text } => tcp::half_close(&to, &text).await,
         Command::Connect { to } => tcp::connect(&to).await,
         Command::Http {
@@ -55,6 +65,12 @@ async fn resolve(name: &str) -> Result<Value> {
         .with_context(|| format!("look {name} up"))?;
     let addresses: BTreeSet<_> = found.map(|address| address.ip()).collect();
     Ok(json!({"addresses": addresses}))
+}
+
+async fn within<T>(limit: Duration, work: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::time::timeout(limit, work)
+        .await
+        .with_context(|| format!("not done after {limit:?}"))?
 }
 
 async fn open(to: &str) -> Result<TcpStream> {

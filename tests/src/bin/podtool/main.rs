@@ -56,11 +56,7 @@ fn obey(runtime: &Runtime, line: &str) -> Result<Value> {
 
 fn run(runtime: &Runtime, arguments: Arguments) -> Result<Value> {
     let limit = Duration::from_secs(arguments.timeout);
-    runtime.block_on(async {
-        tokio::time::timeout(limit, client::run(arguments.command))
-            .await
-            .with_context(|| format!("not done after {limit:?}"))?
-    })
+    runtime.block_on(client::run(arguments.command, limit))
 }
 
 fn print(outcome: Result<Value>) -> ExitCode {

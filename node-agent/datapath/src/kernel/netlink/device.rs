@@ -126,19 +126,28 @@ pub(super) fn bpf_program(filter: &TcMessage) -> Option<String> {
     attached.then(|| name.unwrap_or_default())
 }
 
-/// An address of a device of ours, unless the kernel gave it.
-pub(super) fn own_address(message: &AddressMessage, device: &str) -> Option<Address> {
-    let ip = ip(message)?;
-    let address = IpNet::new(ip, message.header.prefix_len).ok()?;
-    (!is_kernels_own(ip)).then(|| Address {
-        device: device.to_owned(),
-        address,
-    })
+/// The addresses of a device of ours. The kernel gives a device a link-local address, unless told otherwise: where
+/// IPv6 is not ours that one is left alone, and beside ours it is one too many.
+pub(super) fn own_addresses(messages: &[AddressMessage], device: &str) -> Vec<Address> {
+    let ips = messages.iter().filter_map(|message| {
+        let ip = ip(message)?;
+        IpNet::new(ip, message.header.prefix_len).ok()
+    });
+    let has_ours = ips.clone().any(|address| is_our_link_local(address.addr()));
+    ips.filter(|address| has_ours || !is_link_local(address.addr()))
+        .map(|address| Address {
+            device: device.to_owned(),
+            address,
+        })
+        .collect()
 }
 
-/// The kernel gives every device a link-local address, unless told otherwise.
-fn is_kernels_own(ip: IpAddr) -> bool {
-    matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local() && !LINK_LOCAL.contains(&ip))
+fn is_link_local(ip: IpAddr) -> bool {
+    matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local())
+}
+
+fn is_our_link_local(ip: IpAddr) -> bool {
+    matches!(ip, IpAddr::V6(ip) if LINK_LOCAL.contains(&ip))
 }
 
 /// The device's own address; of IPv6, the kernel tells it as that of a peer.

@@ -174,6 +174,12 @@ pub(super) fn rule(rule: &Rule) -> RuleMessage {
         }
         Selector::SentHere => attributes.push(RuleAttribute::Iifname("lo".to_owned())),
         Selector::Tcp => attributes.push(RuleAttribute::IpProtocol(IpProtocol::Tcp)),
+        Selector::TcpFrom { device, ip } => {
+            message.header.src_len = IpNet::from(*ip).prefix_len();
+            attributes.push(RuleAttribute::Source(*ip));
+            attributes.push(RuleAttribute::Iifname(device.clone()));
+            attributes.push(RuleAttribute::IpProtocol(IpProtocol::Tcp));
+        }
     }
     match rule.action {
         Action::Lookup(table) => {
@@ -185,6 +191,7 @@ pub(super) fn rule(rule: &Rule) -> RuleMessage {
             attributes.push(RuleAttribute::Goto(priority));
         }
         Action::Nop => message.header.action = RuleAction::Nop,
+        Action::Blackhole => message.header.action = RuleAction::Blackhole,
     }
     message
 }
@@ -195,13 +202,15 @@ pub(super) fn own_rule(message: &RuleMessage, place: Place, names: &Names) -> Op
     let (mut priority, mut value, mut mask, mut table) =
         (0, None, None, u32::from(message.header.table));
     let (mut goto, mut own, mut selector) = (None, false, Selector::All);
+    let (mut device, mut source) = (None, None);
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Priority(number) => priority = *number,
             RuleAttribute::Protocol(protocol) => own = *protocol == RouteProtocol::Other(PROTOCOL),
             RuleAttribute::FwMark(mark) => value = Some(*mark),
             RuleAttribute::FwMask(bits) => mask = Some(*bits),
-            RuleAttribute::Iifname(_) => selector = Selector::SentHere,
+            RuleAttribute::Iifname(name) => device = Some(name.clone()),
+            RuleAttribute::Source(ip) => source = Some(*ip),
             RuleAttribute::IpProtocol(_) => selector = Selector::Tcp,
             RuleAttribute::Table(number) => table = *number,
             RuleAttribute::Goto(number) => goto = Some(*number),
@@ -211,9 +220,15 @@ pub(super) fn own_rule(message: &RuleMessage, place: Place, names: &Names) -> Op
     if let (Some(value), Some(mask)) = (value, mask) {
         selector = Mark::new(value, mask).map_or(Selector::All, Selector::Mark);
     }
+    match (device, source) {
+        (Some(device), Some(ip)) => selector = Selector::TcpFrom { device, ip },
+        (Some(_), None) => selector = Selector::SentHere,
+        _ => {}
+    }
     let action = match (message.header.action, goto) {
         (RuleAction::Goto, Some(priority)) => Action::Goto(priority),
         (RuleAction::Nop, _) => Action::Nop,
+        (RuleAction::Blackhole, _) => Action::Blackhole,
         _ => Action::Lookup(table),
     };
     let is_ours = match place {

@@ -11,7 +11,7 @@ use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteProtocol};
 use netlink_packet_route::rule::RuleMessage;
 use rtnetlink::{IpVersion, LinkGetRequest};
 
-use super::device::{self, geneve, host_link, is_geneve, name, own_address};
+use super::device::{self, geneve, host_link, is_geneve, name, own_addresses};
 use super::message;
 use super::{Netlink, NetlinkError, is_errno};
 use crate::datapath::{Item, Place};
@@ -143,9 +143,12 @@ impl Netlink {
                 Place::Proxy(_) => {}
             }
             let device = name(link);
-            for address in self.addresses_on(link.header.index).await? {
-                items.extend(own_address(&address, &device).map(Item::Address));
-            }
+            let addresses = self.addresses_on(link.header.index).await?;
+            items.extend(
+                own_addresses(&addresses, &device)
+                    .into_iter()
+                    .map(Item::Address),
+            );
         }
         let routes = self.own_routes(place, names).await?;
         let devices = self.devices_of(&routes, &links).await?;

@@ -8,22 +8,28 @@ use sha2::{Digest, Sha256};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 
-use super::open;
+use super::{open, within};
 use crate::pattern;
 use crate::seen::Seen;
 
 /// Time between two lines of a connection that is held.
-const PAUSE: Duration = Duration::from_millis(100);
+pub(super) const PAUSE: Duration = Duration::from_millis(100);
 
-type Lines = BufReader<TcpStream>;
+pub(super) type Lines = BufReader<TcpStream>;
 
 /// Sends a line and reads it back.
 pub(super) async fn send(to: &str, text: &str) -> Result<Value> {
     let start = Instant::now();
     let (mut stream, seen) = greeted(to).await?;
+    let (own, to) = (
+        stream.get_ref().local_addr()?,
+        stream.get_ref().peer_addr()?,
+    );
     exchange(&mut stream, text).await?;
     let took = start.elapsed().as_millis();
-    Ok(json!({"peer": seen.peer, "pod": seen.pod, "echo": text, "ms": took}))
+    Ok(json!({
+        "own": own, "to": to, "peer": seen.peer, "pod": seen.pod, "echo": text, "ms": took
+    }))
 }
 
 /// Sends a line byte by byte and reads it back.
@@ -39,15 +45,15 @@ pub(super) async fn dribble(to: &str, length: usize) -> Result<Value> {
     Ok(json!({"peer": seen.peer, "pod": seen.pod, "bytes": length}))
 }
 
-/// Keeps a connection in use until standard input ends.
-pub(super) async fn hold(to: &str) -> Result<Value> {
-    let (mut stream, seen) = greeted(to).await?;
+/// Keeps a connection in use until standard input ends; opening it, and each line, may take so long.
+pub(super) async fn hold(to: &str, limit: Duration) -> Result<Value> {
+    let (mut stream, seen) = within(limit, greeted(to)).await?;
     println!("{}", json!({"peer": seen.peer, "pod": seen.pod}));
     let end = tokio::spawn(async { tokio::io::stdin().read_to_end(&mut Vec::new()).await });
     let (mut exchanges, mut longest) = (0, Duration::ZERO);
     while !end.is_finished() {
         let start = Instant::now();
-        if let Err(error) = exchange(&mut stream, "still there?").await {
+        if let Err(error) = within(limit, exchange(&mut stream, "still there?")).await {
             let error = format!("{error:#}");
             return Ok(json!({"exchanges": exchanges, "cut": error}));
         }
@@ -89,14 +95,14 @@ pub(super) async fn connect(to: &str) -> Result<Value> {
     })
 }
 
-async fn greeted(to: &str) -> Result<(Lines, Seen)> {
+pub(super) async fn greeted(to: &str) -> Result<(Lines, Seen)> {
     let mut stream = BufReader::new(open(to).await?);
     let greeting = line(&mut stream).await.context("read the greeting")?;
     let seen = serde_json::from_str(&greeting).with_context(|| format!("{greeting:?}"))?;
     Ok((stream, seen))
 }
 
-async fn exchange(stream: &mut Lines, text: &str) -> Result<()> {
+pub(super) async fn exchange(stream: &mut Lines, text: &str) -> Result<()> {
     stream.get_mut().write_all(text.as_bytes()).await?;
     exchange_rest(stream, text).await
 }

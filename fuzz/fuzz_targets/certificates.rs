@@ -1,0 +1,6 @@
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    hbone::fuzzing::certificates(bytes);
+    controller::fuzzing::ca(bytes);
+});

@@ -1,0 +1,5 @@
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|text: &str| {
+    datapath::facts::fuzzing::iptables_save(text);
+});

@@ -1,0 +1,6 @@
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|text: &str| {
+    hbone::fuzzing::identity(text);
+    controller::fuzzing::identity(text);
+});
