@@ -90,7 +90,8 @@ pub(crate) struct PluginArguments {
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Names and numbers in the host's kernel")]
 pub(crate) struct NamesArguments {
-    /// Set of the mesh pods' IPv4 addresses; that of IPv6 has a 6 behind it.
+    /// Set of the mesh pods' IPv4 addresses whose connections go to the proxy; that by which they are guarded has
+    /// `-guard` behind it, those of IPv6 a 6 more.
     #[arg(long, env = "SET_NAME", default_value = "ztunnel-pods-ips")]
     set_name: String,
     /// Device towards the proxy for traffic to mesh pods.

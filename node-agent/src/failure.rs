@@ -243,8 +243,10 @@ pub(crate) fn root(error: &dyn Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    use datapath::datapath::{AddressSet, Member};
+    use datapath::datapath::Member;
+    use datapath::names::Names;
     use datapath::plan::{Change, Step};
+    use datapath::set::Role;
     use datapath::{Family, Place};
 
     use super::*;
@@ -262,10 +264,7 @@ mod tests {
     #[test]
     fn a_missing_iptables_is_named() {
         let failure = apply_error(
-            Item::Set(AddressSet {
-                name: "x".to_owned(),
-                family: Family::V4,
-            }),
+            Item::Set(Names::default().set(Role::Redirect, Family::V4)),
             IptablesError::Missing("iptables-nft-restore").into(),
         );
         assert_eq!(failure.reason, reasons::IPTABLES_MISSING);
@@ -279,7 +278,7 @@ mod tests {
     #[test]
     fn a_full_set_is_named_with_the_address_that_did_not_fit() {
         let member = Member {
-            set: "ztunnel-pods-ips".to_owned(),
+            set: Names::default().set(Role::Redirect, Family::V4),
             ip: "10.0.0.4".parse().unwrap(),
         };
         let full = IpSetError::Full(member.clone());

@@ -157,6 +157,8 @@ fn held(observed: &Datapath) -> BTreeSet<IpAddr> {
 
 #[cfg(test)]
 mod tests {
+    use datapath::Family;
+    use datapath::set::Role;
     use proptest::prelude::*;
 
     use super::*;
@@ -170,7 +172,7 @@ mod tests {
 
     fn member(ip: IpAddr) -> Item {
         Item::Member(Member {
-            set: "pods".to_owned(),
+            set: Names::default().set(Role::Redirect, Family::of(ip)),
             ip,
         })
     }

@@ -65,7 +65,7 @@ pub enum Kind {
     Rule,
     /// A route.
     Route,
-    /// A set; the chains that name it have to go first.
+    /// A set; the chain that names it has to go first.
     Set,
     /// All members of a set.
     Members,

@@ -14,7 +14,7 @@ const OURS: &str = "for family in -4 -6; do \
     ip $family rule | grep 'proto 90'; ip $family route show table all proto 90; \
   done; \
   ip -o link | grep istio; \
-  ipset list ztunnel-pods-ips; ipset list ztunnel-pods-ips6; \
+  for set in ztunnel-pods-ips ztunnel-pods-ips-guard; do ipset list $set; ipset list ${set}6; done; \
   for save in iptables-save ip6tables-save; do \
     for table in mangle nat; do $save -t $table | grep ztunnel | sed 's/\\[.*\\]//'; done; \
   done";

@@ -15,7 +15,7 @@ mod routes;
 
 use std::collections::BTreeSet;
 
-use crate::datapath::{AddressSet, Datapath, Item, Member};
+use crate::datapath::{Datapath, Item, Member};
 use crate::family::Family;
 use crate::input::{FailureMode, Hold, NodeInput};
 use crate::names::Names;
@@ -47,19 +47,15 @@ fn host(input: &NodeInput, host: &mut BTreeSet<Item>) {
     for family in input.families() {
         host.extend(routes::routes(input, family));
         host.extend(routes::rules(family, input));
-        host.insert(Item::Set(AddressSet {
-            name: input.names.set(family),
-            family,
-        }));
+        host.extend(input.names.sets(family).map(Item::Set));
         host.insert(Item::Chains(chains::mangle(family, input)));
         host.insert(Item::Chains(chains::nat(family, input)));
     }
     if is_closed_or_served(input) {
-        host.extend(input.pods.iter().map(|pod| {
-            Item::Member(Member {
-                set: input.names.set(Family::of(pod.ip)),
-                ip: pod.ip,
-            })
+        host.extend(input.pods.iter().flat_map(|pod| {
+            let ip = pod.ip;
+            let sets = input.names.sets(Family::of(ip));
+            sets.map(|set| Item::Member(Member { set, ip }))
         }));
     }
 }

@@ -14,7 +14,8 @@ use crate::kernel::netfilter::Netfilter;
 use crate::names::Names;
 use crate::netns::Netns;
 
-/// Time between two looks at the sets. A pod that somebody takes out of its set talks directly for as long.
+/// Time between two looks at the sets. A pod that somebody takes out of one opens no connection
+/// for as long.
 const LOOK_AT_SETS: Duration = Duration::from_secs(1);
 
 /// Wakes the receiver whenever one namespace changes. Many changes may be one wake-up.
@@ -68,9 +69,9 @@ impl Changes {
         wake: mpsc::Sender<()>,
     ) -> io::Result<Self> {
         let netfilter = Netfilter::open(netns)?;
-        let names = Family::ALL.map(|family| names.set(family));
+        let names = Family::ALL.map(|family| names.sets(family).map(|set| set.name));
         let mut changes = Self::listen(netns, wake.clone())?;
-        changes.sets = Some(tokio::spawn(look_at(netfilter, names, wake)));
+        changes.sets = Some(tokio::spawn(look_at(netfilter, names.concat(), wake)));
         Ok(changes)
     }
 
@@ -91,8 +92,8 @@ impl Drop for Changes {
     }
 }
 
-async fn look_at(netfilter: Netfilter, names: [String; 2], wake: mpsc::Sender<()>) {
-    let mut seen: [Option<Vec<IpAddr>>; 2] = Default::default();
+async fn look_at(netfilter: Netfilter, names: Vec<String>, wake: mpsc::Sender<()>) {
+    let mut seen: Vec<Option<Vec<IpAddr>>> = vec![None; names.len()];
     let mut ticks = tokio::time::interval(LOOK_AT_SETS);
     loop {
         ticks.tick().await;

@@ -9,6 +9,7 @@ use ipnet::IpNet;
 
 use crate::family::Family;
 use crate::input::Mark;
+use crate::set::AddressSet;
 use crate::slot::{PerSlot, Slot};
 
 /// What the namespaces of a node hold, or should hold.
@@ -198,20 +199,11 @@ pub enum Action {
     Blackhole,
 }
 
-/// A set of addresses.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct AddressSet {
-    /// Its name.
-    pub name: String,
-    /// The addresses that it takes.
-    pub family: Family,
-}
-
 /// A member of a set.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Member {
-    /// Name of the set.
-    pub set: String,
+    /// The set.
+    pub set: AddressSet,
     /// The address.
     pub ip: IpAddr,
 }

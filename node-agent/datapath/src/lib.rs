@@ -23,6 +23,7 @@ pub mod names;
 pub mod netns;
 pub mod plan;
 pub mod pod_devices;
+pub mod set;
 pub mod slot;
 
 pub use build::{build, with_holds};

@@ -7,6 +7,7 @@ use std::net::Ipv6Addr;
 use std::ops::RangeInclusive;
 
 use crate::family::Family;
+use crate::set::{AddressSet, Role};
 use crate::slot::Slot;
 
 /// Room of each set in addresses: more than the pods of any node.
@@ -64,6 +65,8 @@ pub const LINK_LOCAL: [Ipv6Addr; 2] = [
 
 /// Longest name of a device in bytes (`IFNAMSIZ` less its end).
 const LONGEST_DEVICE: usize = 15;
+/// What the names of sets that guard have more than those that redirect.
+const GUARD: &str = "-guard";
 /// Longest name of a set in bytes (`IPSET_MAXNAMELEN` less its end).
 const LONGEST_SET: usize = 31;
 /// Longest name of a chain in bytes (`XT_EXTENSION_MAXNAMELEN` less its end).
@@ -142,8 +145,8 @@ impl Names {
     /// # Errors
     /// If no set can be called so.
     pub fn with_set(self, set: String) -> Result<Self, NamesError> {
-        // One more for the set of IPv6.
-        check("set", &set, LONGEST_SET - 1)?;
+        // One more for the sets of IPv6.
+        check("set", &set, LONGEST_SET - GUARD.len() - 1)?;
         Ok(Self { set, ..self })
     }
 
@@ -225,11 +228,23 @@ impl Names {
 
     /// Set of a family's addresses of this node's mesh pods.
     #[must_use]
-    pub fn set(&self, family: Family) -> String {
-        match family {
-            Family::V4 => self.set.clone(),
-            Family::V6 => format!("{}6", self.set),
-        }
+    pub fn set(&self, role: Role, family: Family) -> AddressSet {
+        let role_part = match role {
+            Role::Redirect => "",
+            Role::Guard => GUARD,
+        };
+        let family_part = match family {
+            Family::V4 => "",
+            Family::V6 => "6",
+        };
+        let name = format!("{}{role_part}{family_part}", self.set);
+        AddressSet { name, role, family }
+    }
+
+    /// Sets of a family's addresses, one a role.
+    #[must_use]
+    pub fn sets(&self, family: Family) -> [AddressSet; 2] {
+        Role::ALL.map(|role| self.set(role, family))
     }
 
     /// Device towards the proxy of a slot for traffic to mesh pods.
@@ -409,7 +424,8 @@ mod tests {
         let names = Names::default;
         let text = str::to_owned;
         assert!(names().with_set(text("mesh-two")).is_ok());
-        assert!(names().with_set("x".repeat(31)).is_err());
+        assert!(names().with_set("x".repeat(24)).is_ok());
+        assert!(names().with_set("x".repeat(25)).is_err());
         assert!(names().with_set(text("a b")).is_err());
         assert!(names().with_devices(text("in0"), text("out0")).is_ok());
         assert_eq!(

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use crate::datapath::{Datapath, Item, Link, Place, Route, Rule, Table, Target};
 use crate::family::Family;
 use crate::names::{forwarding, peer};
+use crate::set::Role;
 use crate::slot::Slot;
 
 /// Steps, in order. Empty when nothing is to be done.
@@ -74,14 +75,16 @@ impl Plan {
 ///
 /// No prefix of it lets a mesh pod's traffic out in the clear, or sends what the proxy dials back to
 /// the proxy:
-/// 1. Pods that leave the mesh lose their set membership.
+/// 1. Pods that leave the mesh lose their set memberships, first that by which they are guarded: what they
+///    open is not dropped in between.
 /// 2. Unreachable routes are made, but for pods that only join: those stay reachable all the time. The
 ///    routes to a proxy that is gone go, so that those count; also those to a proxy whose dials the host
 ///    cannot tell apart for now.
 /// 3. Devices of the proxy's side that stand in the way of others go, and its namespace stops to forward.
 /// 4. Devices, rules and chains of the host are made, then the proxy's side; only then the routes to the
 ///    proxy (its own dials must be told apart by then, and the way back to it must lead to it), then what
-///    refuses a pod that joins where no such route is left, and last the members of the set.
+///    refuses a pod that joins where no such route is left, and last the members of the sets: of those that
+///    redirect before those that guard.
 /// 5. What is left over goes in the opposite order, and last of all what holds pods back: they are
 ///    carried by then.
 #[must_use]
@@ -118,8 +121,10 @@ pub fn plan(desired: &Datapath, observed: &Datapath) -> Plan {
 /// Takes pods out of the mesh, and traffic away from proxies that cannot have it; what is left then.
 fn withdraw(desired: &Datapath, observed: &Datapath, steps: &mut Vec<Step>) -> Datapath {
     let mut left = observed.clone();
-    let leaves = |item: &Item| matches!(item, Item::Member(_)) && !desired.host.contains(item);
-    remove_early(Place::Host, leaves, &mut left, steps);
+    for role in [Role::Guard, Role::Redirect] {
+        let leaves = |item: &Item| is_in(item, role) && !desired.host.contains(item);
+        remove_early(Place::Host, leaves, &mut left, steps);
+    }
     let joins = |route: &Route| route.pod().is_some_and(|ip| !is_member(observed, ip));
     let refuses_already =
         |item: &Item| matches!(item, Item::Route(route) if refuses(route) && !joins(route));
@@ -178,6 +183,10 @@ fn add_early(
         }
         left.side_mut(place).extend(new.cloned());
     }
+}
+
+fn is_in(item: &Item, role: Role) -> bool {
+    matches!(item, Item::Member(member) if member.set.role == role)
 }
 
 fn is_member(held: &Datapath, ip: IpAddr) -> bool {
@@ -243,7 +252,10 @@ fn rank(item: &Item) -> u8 {
         // The way back first: what a proxy is handed it answers at once.
         Item::Route(route) if !route.leads_into_a_tunnel() => 8,
         Item::Route(_) => 9,
-        Item::Member(_) => 11,
+        Item::Member(member) => match member.set.role {
+            Role::Redirect => 11,
+            Role::Guard => 12,
+        },
     }
 }
 
@@ -252,8 +264,8 @@ fn rank(item: &Item) -> u8 {
 fn removal_rank(item: &Item) -> u8 {
     match item {
         Item::Route(route) if refuses(route) && route.pod().is_some() => 0,
-        hold if hold.is_hold() => 13,
-        other => 12 - rank(other),
+        hold if hold.is_hold() => 14,
+        other => 13 - rank(other),
     }
 }
 

@@ -182,6 +182,7 @@ async fn deleted_comes_back(kind: TunnelKind) {
             "ip route del default table 102".to_owned(),
             "ip route flush table 100".to_owned(),
             "ipset del ztunnel-pods-ips 10.244.1.4".to_owned(),
+            "ipset flush ztunnel-pods-ips-guard".to_owned(),
             "sysctl -qw net.ipv4.conf.vproxy.rp_filter=1".to_owned(),
             format!("{iptables} -t mangle -D PREROUTING -j ztunnel-PREROUTING"),
             format!("{iptables} -t mangle -F ztunnel-OUTPUT"),
@@ -513,7 +514,12 @@ async fn a_node_full_of_pods_is_read_back_whole() {
             .map(|ip| MeshPod { ip })
             .collect();
         attached(&bed, &input).await;
-        for set in ["ztunnel-pods-ips", "ztunnel-pods-ips6"] {
+        for set in [
+            "ztunnel-pods-ips",
+            "ztunnel-pods-ips6",
+            "ztunnel-pods-ips-guard",
+            "ztunnel-pods-ips-guard6",
+        ] {
             let listed = bed.run("host", &format!("ipset list -t {set}"));
             assert!(listed.contains("Number of entries: 250"), "{listed}");
         }

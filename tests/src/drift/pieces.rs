@@ -104,11 +104,14 @@ fn sets(text: &str) -> Vec<(Kind, String)> {
         } else {
             "iptables"
         };
-        let flush = |hook: &str| format!("{program} -w 5 -t mangle -F {PREFIX}{hook}");
-        let (first, second) = (flush("PREROUTING"), flush("FORWARD"));
+        let hook = if name.contains("guard") {
+            "FORWARD"
+        } else {
+            "PREROUTING"
+        };
         all.push((
             Kind::Set,
-            format!("{first}; {second}; ipset destroy {name}"),
+            format!("{program} -w 5 -t mangle -F {PREFIX}{hook}; ipset destroy {name}"),
         ));
         all.push((Kind::Members, format!("ipset flush {name}")));
         let members = text

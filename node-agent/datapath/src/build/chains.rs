@@ -9,6 +9,7 @@ use crate::datapath::{Chain, Chains, Table};
 use crate::family::Family;
 use crate::input::{Marks, NodeInput};
 use crate::names::Names;
+use crate::set::Role;
 use crate::slot::Slot;
 
 /// `--syn` as iptables-save prints it: what opens a connection.
@@ -125,16 +126,16 @@ fn of_pods(family: Family, input: &NodeInput) -> Vec<String> {
         format!("-m mark --mark {skip} -j RETURN"),
         format!(
             "-p tcp -m set --match-set {} src -j MARK --set-xmark {outbound}",
-            input.names.set(family)
+            input.names.set(Role::Redirect, family).name
         ),
     ]
 }
 
 /// What a proxy sends and would come back to one is dropped, as is what should have gone to a proxy and
-/// goes elsewhere: whatever single rule, route or chain of ours somebody deletes, nothing goes round and
-/// nothing leaves in the clear until it is mended.
+/// goes elsewhere: whatever single rule, route, chain, set or member of ours somebody deletes, nothing goes
+/// round and nothing leaves in the clear until it is mended.
 fn guard(family: Family, input: &NodeInput) -> Vec<String> {
-    let set = input.names.set(family);
+    let set = input.names.set(Role::Guard, family).name;
     let proxies = || input.proxies.taken();
     let tunnels = || proxies().flat_map(|(slot, _)| input.names.devices(slot));
     let mut rules = Vec::new();

@@ -2,11 +2,10 @@
 
 use std::fmt;
 
-use super::{
-    Action, Address, AddressSet, Chains, Item, Link, Member, Route, Rule, Selector, Sysctl, Target,
-};
+use super::{Action, Address, Chains, Item, Link, Member, Route, Rule, Selector, Sysctl, Target};
 use crate::family::Family;
 use crate::names::{METRIC_LAST, PROTOCOL};
+use crate::set::AddressSet;
 
 /// As the arguments that a person would type after `ip`, `ipset`, `iptables` or `sysctl`.
 impl fmt::Display for Item {
@@ -23,14 +22,14 @@ impl fmt::Display for Item {
             }
             Self::Route(route) => write!(f, "ip {}route {route}", route.family().option()),
             Self::Rule(rule) => write!(f, "ip {}rule {rule}", rule.family.option()),
-            Self::Set(AddressSet { name, family }) => {
+            Self::Set(AddressSet { name, family, .. }) => {
                 let kind = match family {
                     Family::V4 => "inet",
                     Family::V6 => "inet6",
                 };
                 write!(f, "ipset {name} hash:ip family {kind}")
             }
-            Self::Member(Member { set, ip }) => write!(f, "ipset {set} {ip}"),
+            Self::Member(Member { set, ip }) => write!(f, "ipset {} {ip}", set.name),
             Self::Chains(chains) => write!(f, "{chains}"),
         }
     }

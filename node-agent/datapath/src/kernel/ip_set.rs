@@ -1,16 +1,16 @@
-//! The sets of mesh pods' addresses, one a family: read through netlink, written through libipset.
+//! The sets of mesh pods' addresses, one a role and family: read through netlink, written through libipset.
 
-use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 
 use ipset::Session;
 use ipset::types::HashIp;
 
-use crate::datapath::{AddressSet, Item, Member};
+use crate::datapath::{Item, Member};
 use crate::family::Family;
 use crate::kernel::netfilter::Netfilter;
 use crate::names::{Names, SET_SIZE};
 use crate::netns::Netns;
+use crate::set::AddressSet;
 
 /// The set could not be read or changed.
 #[derive(Debug, thiserror::Error)]
@@ -22,7 +22,7 @@ pub enum IpSetError {
     #[error("list set {0}")]
     List(String, #[source] std::io::Error),
     /// The set has no room left.
-    #[error("set {} is full: it cannot take {}", .0.set, .0.ip)]
+    #[error("set {} is full: it cannot take {}", .0.set.name, .0.ip)]
     Full(Member),
     /// libipset said no.
     #[error("{action} set {set}: {message}")]
@@ -62,19 +62,18 @@ fn session(name: &str) -> Session<HashIp> {
 /// The sets and their members.
 pub(super) fn observe(netfilter: &Netfilter, names: &Names) -> Result<Vec<Item>, IpSetError> {
     let mut items = Vec::new();
-    for family in Family::ALL {
-        let name = names.set(family);
+    for set in Family::ALL.map(|family| names.sets(family)).concat() {
         let Some(ips) = netfilter
-            .members(&name)
-            .map_err(|error| IpSetError::List(name.clone(), error))?
+            .members(&set.name)
+            .map_err(|error| IpSetError::List(set.name.clone(), error))?
         else {
             continue;
         };
         items.extend(ips.into_iter().map(|ip| {
-            let set = name.clone();
+            let set = set.clone();
             Item::Member(Member { set, ip })
         }));
-        items.push(Item::Set(AddressSet { name, family }));
+        items.push(Item::Set(set));
     }
     Ok(items)
 }
@@ -102,26 +101,24 @@ pub(super) fn destroy(netns: &Netns, set: &AddressSet) -> Result<(), IpSetError>
     })?
 }
 
-/// Adds (`true`) and removes (`false`) members, in one session a set; the index of the one that failed.
+/// Adds (`true`) and removes (`false`) members in this order, in one session for neighbours of one set; the
+/// index of the one that failed.
 pub(super) fn change_members(
     netns: &Netns,
     changes: &[(&Member, bool)],
 ) -> Result<(), (usize, IpSetError)> {
-    let sets: BTreeSet<&str> = changes
-        .iter()
-        .map(|(member, _)| member.set.as_str())
-        .collect();
     let changed = within(netns, || {
-        for set in sets {
-            let mut session = session(set);
-            let of_set = changes.iter().enumerate();
-            for (index, (member, add)) in of_set.filter(|(_, (member, _))| member.set == set) {
+        let mut index = 0;
+        for of_set in changes.chunk_by(|(a, _), (b, _)| a.set == b.set) {
+            let mut session = session(&of_set[0].0.set.name);
+            for (member, add) in of_set {
                 let changed = if *add {
                     session.add(member.ip, &[])
                 } else {
                     session.del(member.ip)
                 };
                 changed.map_err(|error| (index, member_error(member, *add, &error)))?;
+                index += 1;
             }
         }
         Ok(())
@@ -135,7 +132,7 @@ fn member_error(member: &Member, add: bool, error: &ipset::types::Error) -> IpSe
         return IpSetError::Full(member.clone());
     }
     IpSetError::Library {
-        set: member.set.clone(),
+        set: member.set.name.clone(),
         action: if add { "add to" } else { "remove from" },
         message,
     }

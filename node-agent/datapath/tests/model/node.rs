@@ -108,7 +108,7 @@ impl Side {
             Item::Rule(rule) => self.rules.push(rule),
             Item::Set(_) => {}
             Item::Member(member) => {
-                self.members.insert((member.set, member.ip));
+                self.members.insert((member.set.name, member.ip));
             }
             Item::Chains(all) => {
                 for (hook, chain) in all.chains {
