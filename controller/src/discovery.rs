@@ -1,9 +1,13 @@
 //! Delta discovery over gRPC: one task per client carries what [`delta`] decides.
 //!
 //! A client that reads slowly holds up only its own task. Meanwhile changes do not queue: the next
-//! push is the difference between what it was told and what is true then.
+//! push is the difference between what it was told and what is true then. Of clients that are told
+//! much at once a few have their turn and the others wait, so that a thousand that come back together
+//! do not need the memory of a thousand.
 
 mod delta;
+mod session;
+mod streams;
 
 use std::sync::Arc;
 
@@ -14,11 +18,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use self::delta::{Client, Push, Reaction};
+use self::session::{Session, Turns};
+use self::streams::Streams;
 use crate::authenticate::{Authenticator, peer};
-use crate::authorize::Caller;
-use crate::directory::Directory;
-use crate::metrics::{Metrics, TypeLabel};
+use crate::metrics::Metrics;
 use crate::model::Published;
 
 /// Responses that wait for the connection, beyond what it buffers itself.
@@ -26,10 +29,30 @@ const WAITING_RESPONSES: usize = 2;
 
 /// The service.
 pub(crate) struct Discovery {
-    pub(crate) authenticator: Arc<Authenticator>,
-    pub(crate) published: Published,
-    pub(crate) metrics: Metrics,
-    pub(crate) stop: CancellationToken,
+    authenticator: Arc<Authenticator>,
+    published: Published,
+    turns: Turns,
+    streams: Streams,
+    metrics: Metrics,
+    stop: CancellationToken,
+}
+
+impl Discovery {
+    pub(crate) fn new(
+        authenticator: Arc<Authenticator>,
+        published: Published,
+        metrics: Metrics,
+        stop: CancellationToken,
+    ) -> Self {
+        Self {
+            authenticator,
+            published,
+            turns: Turns::default(),
+            streams: Streams::default(),
+            metrics,
+            stop,
+        }
+    }
 }
 
 #[tonic::async_trait]
@@ -49,122 +72,26 @@ impl AggregatedDiscoveryService for Discovery {
                 return Err(error.into());
             }
         };
-        let (responses, stream) = mpsc::channel(WAITING_RESPONSES);
-        let mut published = self.published.clone();
-        let session = Session {
-            caller,
-            client: Client::new(directory(&mut published)),
-            responses,
-            metrics: self.metrics.clone(),
+        let Some(open) = self.streams.open(&caller.node) else {
+            let (node, pod) = (&caller.node, &caller.pod_name);
+            tracing::warn!(%node, pod, "refused one more stream of discovery: the node has too many");
+            return Err(Status::resource_exhausted(
+                "this node has too many streams of discovery open",
+            ));
         };
-        tokio::spawn(session.run(request.into_inner(), published, self.stop.clone()));
+        let (responses, stream) = mpsc::channel(WAITING_RESPONSES);
+        let session = Session::new(
+            caller,
+            self.published.clone(),
+            responses,
+            self.turns.clone(),
+            self.metrics.clone(),
+        );
+        let served = session.run(request.into_inner(), self.stop.clone());
+        tokio::spawn(async move {
+            served.await;
+            drop(open);
+        });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
-}
-
-/// One client's stream.
-struct Session {
-    caller: Caller,
-    client: Client,
-    responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
-    metrics: Metrics,
-}
-
-/// The client is gone.
-struct Gone;
-
-impl Session {
-    async fn run(
-        mut self,
-        requests: Streaming<DeltaDiscoveryRequest>,
-        published: Published,
-        stop: CancellationToken,
-    ) {
-        let (node, pod) = (self.caller.node.clone(), self.caller.pod_name.clone());
-        tracing::info!(%node, pod, "a client of discovery connected");
-        self.metrics.clients.inc();
-        tokio::select! {
-            _ = self.serve(requests, published) => {}
-            () = stop.cancelled() => {
-                // The client turns to another replica.
-                let _ = self.responses.try_send(Err(Status::unavailable("the controller ends")));
-            }
-        }
-        self.metrics.clients.dec();
-        tracing::info!(%node, pod, "a client of discovery is gone");
-    }
-
-    async fn serve(
-        &mut self,
-        mut requests: Streaming<DeltaDiscoveryRequest>,
-        mut published: Published,
-    ) -> Result<(), Gone> {
-        loop {
-            tokio::select! {
-                request = requests.message() => match request {
-                    Ok(Some(request)) => self.on_request(request).await?,
-                    Ok(None) => return Err(Gone),
-                    Err(status) => {
-                        tracing::debug!(node = %self.caller.node, "the stream ended: {status}");
-                        return Err(Gone);
-                    }
-                },
-                changed = published.changed() => {
-                    changed.map_err(|_| Gone)?;
-                    let directory = directory(&mut published);
-                    if let Some(push) = self.client.on_directory(directory) {
-                        self.push(push).await?;
-                    }
-                }
-            }
-        }
-    }
-
-    async fn on_request(&mut self, request: DeltaDiscoveryRequest) -> Result<(), Gone> {
-        match self.client.on_request(request) {
-            Reaction::Push(push) => self.push(push).await?,
-            Reaction::Nothing => {}
-            Reaction::Rejected {
-                resource_type,
-                message,
-            } => {
-                let r#type = resource_type.label();
-                self.metrics
-                    .rejections
-                    .get_or_create(&TypeLabel { r#type })
-                    .inc();
-                let (node, pod) = (&self.caller.node, &self.caller.pod_name);
-                tracing::warn!(%node, pod, r#type, "the client rejected a response: {message}");
-            }
-            Reaction::UnknownType(type_url) => {
-                let (node, pod) = (&self.caller.node, &self.caller.pod_name);
-                tracing::warn!(%node, pod, type_url, "the client asks for an unknown type");
-            }
-        }
-        Ok(())
-    }
-
-    async fn push(&mut self, push: Push) -> Result<(), Gone> {
-        let label = TypeLabel {
-            r#type: push.resource_type.label(),
-        };
-        for response in self.client.responses(push) {
-            self.metrics.pushes.get_or_create(&label).inc();
-            self.metrics
-                .pushed_resources
-                .get_or_create(&label)
-                .inc_by(response.resources.len() as u64);
-            self.responses.send(Ok(response)).await.map_err(|_| Gone)?;
-        }
-        Ok(())
-    }
-}
-
-/// The newest; nobody is served before there is one.
-fn directory(published: &mut Published) -> Directory {
-    let model = published.borrow_and_update();
-    model
-        .as_ref()
-        .map(|model| model.directory.clone())
-        .unwrap_or_default()
 }

@@ -204,12 +204,12 @@ impl Parts {
             ),
             self.problems.clone(),
         ));
-        let discovery = Discovery {
-            authenticator: authenticator.clone(),
-            published: published.clone(),
-            metrics: self.metrics.clone(),
-            stop: self.stop.clone(),
-        };
+        let discovery = Discovery::new(
+            authenticator.clone(),
+            published.clone(),
+            self.metrics.clone(),
+            self.stop.clone(),
+        );
         let certificates = Certificates {
             authenticator,
             published,

@@ -4,24 +4,20 @@
 //! (`network/address`) or a service, with which come the workloads that serve it. What a client
 //! that follows everything has is the directory it was last told of, which all clients share.
 
+mod responses;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use prost_types::Any;
-use protocol::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource as Wire};
+use protocol::discovery::DeltaDiscoveryRequest;
 use protocol::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
 
+use self::responses::Responses;
 use crate::directory::{Directory, Resource, Version};
 use crate::names::ResourceName;
 
 /// Subscribes to everything.
 const WILDCARD: &str = "*";
-
-/// A response is split where it would become longer: clients bound their messages.
-const MAX_RESPONSE_BYTES: usize = 1 << 20;
-
-/// Bytes of a resource on the wire beside its content and names.
-const RESOURCE_OVERHEAD: usize = 128;
 
 /// What one client has asked for and was told.
 #[derive(Debug)]
@@ -125,77 +121,30 @@ impl Client {
         })
     }
 
-    /// The responses that carry a push: at least one, each of bounded size.
-    pub(crate) fn responses(&mut self, push: Push) -> Vec<DeltaDiscoveryResponse> {
-        let type_url = push.resource_type.url();
-        let mut responses = vec![self.response(type_url)];
-        let mut size = 0;
-        let removed = push.removed.into_iter().map(Item::Removed);
-        for item in push
-            .resources
-            .into_iter()
-            .map(Item::Resource)
-            .chain(removed)
-        {
-            let bytes = item.bytes();
-            if size > 0 && size + bytes > MAX_RESPONSE_BYTES {
-                responses.push(self.response(type_url));
-                size = 0;
-            }
-            size += bytes;
-            if let Some(response) = responses.last_mut() {
-                item.add_to(response);
-            }
-        }
-        responses
+    /// The responses that carry a push.
+    pub(crate) fn responses(&mut self, push: Push) -> Responses<'_> {
+        Responses::new(push, &mut self.nonce)
     }
 
-    fn response(&mut self, type_url: &str) -> DeltaDiscoveryResponse {
-        self.nonce += 1;
-        DeltaDiscoveryResponse {
-            type_url: type_url.to_owned(),
-            nonce: self.nonce.to_string(),
-            ..DeltaDiscoveryResponse::default()
-        }
+    /// Whether addresses have been asked for.
+    pub(crate) fn follows_addresses(&self) -> bool {
+        self.addresses.begun
+    }
+
+    /// Whether more than this many changes lie between what the client was told of and a directory.
+    pub(crate) fn is_behind(&self, directory: &Directory, changes: usize) -> bool {
+        self.addresses.begun
+            && directory
+                .changes_since(&self.directory)
+                .nth(changes)
+                .is_some()
     }
 }
 
-/// One entry of a response.
-enum Item {
-    Resource(Arc<Resource>),
-    Removed(String),
-}
-
-impl Item {
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Resource(resource) => {
-                let names = resource
-                    .aliases
-                    .iter()
-                    .map(|alias| alias.as_str().len() + 4);
-                resource.body.len()
-                    + resource.name.as_str().len()
-                    + names.sum::<usize>()
-                    + RESOURCE_OVERHEAD
-            }
-            Self::Removed(name) => name.len() + 4,
-        }
-    }
-
-    fn add_to(self, response: &mut DeltaDiscoveryResponse) {
-        match self {
-            Self::Resource(resource) => response.resources.push(Wire {
-                version: resource.version.to_string(),
-                resource: Some(Any {
-                    type_url: response.type_url.clone(),
-                    value: resource.body.clone(),
-                }),
-                name: resource.name.to_string(),
-                aliases: resource.aliases.iter().map(ToString::to_string).collect(),
-            }),
-            Self::Removed(name) => response.removed_resources.push(name),
-        }
+impl Push {
+    /// How many resources it tells of.
+    pub(crate) fn len(&self) -> usize {
+        self.resources.len() + self.removed.len()
     }
 }
 

@@ -63,12 +63,12 @@ impl Controller {
             problems,
         ));
         let (stop, metrics) = (CancellationToken::new(), Metrics::default());
-        let discovery = Discovery {
-            authenticator: authenticator.clone(),
-            published: published.clone(),
-            metrics: metrics.clone(),
-            stop: stop.clone(),
-        };
+        let discovery = Discovery::new(
+            authenticator.clone(),
+            published.clone(),
+            metrics.clone(),
+            stop.clone(),
+        );
         let certificates = Certificates {
             authenticator,
             published,

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use proptest::prelude::*;
 use protocol::discovery::Status;
 
+use super::responses::MAX_RESPONSE_BYTES;
 use super::*;
 use crate::snapshot::{Change, Update};
 use crate::testing::{Cluster, pod, pod_endpoint, service, set_pod, set_service, set_slice, slice};
@@ -104,7 +105,7 @@ fn the_first_answer_comes_even_if_it_is_empty() {
         ..DeltaDiscoveryRequest::default()
     };
     let push = pushed(client.on_request(authorization));
-    let responses = client.responses(push);
+    let responses: Vec<_> = client.responses(push).collect();
     assert_eq!(responses.len(), 1);
     assert_eq!(responses[0].type_url, AUTHORIZATION_TYPE);
     assert!(!responses[0].nonce.is_empty());
@@ -262,7 +263,7 @@ fn a_long_answer_is_split_and_complete() {
     let cluster = Cluster::with(pods.map(set_pod));
     let mut client = Client::new(cluster.directory.clone());
     let push = pushed(client.on_request(request(&[], &[])));
-    let responses = client.responses(push);
+    let responses: Vec<_> = client.responses(push).collect();
     assert!(responses.len() > 1);
     let mut nonces = BTreeSet::new();
     let mut resources = BTreeSet::new();
