@@ -39,6 +39,10 @@ images: prerequisites ## the container images, as archives that containerd impor
 bench: prerequisites ## a full node's passes; the mesh against plain TCP and raw TLS: tables, and target/bench/latest.json
 	tests/run-bench
 
+.PHONY: bench-scale
+bench-scale: prerequisites ## a controller with 1,000 nodes, 50,000 pods and 1,000 proxies: table, and target/bench/scale.json
+	tests/run-bench-scale
+
 .PHONY: demo
 demo: prerequisites ## a real two-node cluster on this machine, with Ambit and a sample application in it
 	@tests/demo
