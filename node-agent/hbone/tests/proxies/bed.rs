@@ -14,11 +14,11 @@ pub(crate) mod host;
 pub(crate) mod log;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use authority::Authority;
 use hbone::directory::{Balancing, Directory, Locality, Service, Workload};
@@ -44,6 +44,9 @@ pub(crate) const OUTSIDE: Host = Host::new(9, 9);
 /// Mark of a pod's connection, and of one from outside the mesh to a pod.
 const FROM_POD: u32 = 0x777;
 const TO_POD: u32 = 0x778;
+
+/// A program has replaced itself by another within this time.
+const HELD: Duration = Duration::from_secs(5);
 
 /// Runs a test for each family, each time in a network namespace of its own, which goes with it.
 pub(crate) fn in_namespace<F>(test: impl Fn() -> F + Send + Copy + 'static)
@@ -238,9 +241,7 @@ impl Node {
 
     pub(crate) fn listen(&self, listeners: &[(ListenerKind, u16)]) {
         let wanted = BTreeSet::from_iter(listeners.iter().copied());
-        for (listener, bound) in self.server.listen(&wanted) {
-            bound.unwrap_or_else(|error| panic!("{listener:?}: {error}"));
-        }
+        once_free::<()>(|| self.server.listen(&wanted).into_values().collect());
     }
 
     pub(crate) async fn set_pods(
@@ -296,6 +297,21 @@ impl Mesh {
             near: Node::new(&authority, pods, &NEAR).await,
             far: Node::new(&authority, [pod("server", SERVER)], &FAR).await,
             authority,
+        }
+    }
+}
+
+/// Does what needs a port. A program that another test starts has every socket of this process until its exec,
+/// so that a port that was closed is in use for a moment longer.
+pub(crate) fn once_free<T>(mut work: impl FnMut() -> io::Result<T>) -> T {
+    let start = Instant::now();
+    loop {
+        match work() {
+            Ok(done) => return done,
+            Err(error) if error.kind() == ErrorKind::AddrInUse && start.elapsed() < HELD => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(error) => panic!("{error}"),
         }
     }
 }

@@ -277,9 +277,8 @@ fn a_port_that_is_taken_in_one_family_is_not_listened_on_in_the_other() {
         tokio::task::yield_now().await;
         let taken = Socket::new(Domain::IPV6, Type::STREAM, None).unwrap();
         taken.set_only_v6(true).unwrap();
-        taken
-            .bind(&"[::]:15001".parse::<SocketAddr>().unwrap().into())
-            .unwrap();
+        let address = "[::]:15001".parse::<SocketAddr>().unwrap().into();
+        once_free(|| taken.bind(&address));
         taken.listen(1).unwrap();
         let results = mesh.near.server.listen(&NEAR.into());
         let error = results[&NEAR[0]].as_ref().unwrap_err();

@@ -216,7 +216,7 @@ mod tests {
             memory: 0,
         };
         let nodes = HashMap::from([(0, now), (1, now)]);
-        let mut of = |fleet: &[Vec<(Number, Instant)>]| {
+        let of = |fleet: &[Vec<(Number, Instant)>]| {
             Report::default().changes(&[change(0), change(1)], fleet, &nodes, &cost)
         };
         assert!(of(&[vec![(0, now), (1, now)]]).is_ok());
