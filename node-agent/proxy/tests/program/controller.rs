@@ -1,8 +1,10 @@
 //! A controller that says what a test wants, and signs whatever it is asked to.
 
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use prost::Message;
 use prost_types::value::Kind;
@@ -30,6 +32,9 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::program::{CONTROLLER_PORT, Program, TOKEN};
 
+/// A program has replaced itself by another within this time.
+const HELD: Duration = Duration::from_secs(5);
+
 type Responses = mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>;
 
 /// One stream of a proxy: what it sends, and the way to answer.
@@ -48,6 +53,20 @@ struct Discovery(mpsc::Sender<Stream>);
 struct Signer {
     ca: CertifiedIssuer<'static, KeyPair>,
     signed: Arc<Mutex<Vec<String>>>,
+}
+
+/// A program that another test starts has every socket of this process until its exec, so that the port of a
+/// controller that has ended may be in use for a moment longer.
+async fn listener() -> TcpListener {
+    let start = Instant::now();
+    loop {
+        match TcpListener::bind(("127.0.0.1", CONTROLLER_PORT)).await {
+            Err(error) if error.kind() == ErrorKind::AddrInUse && start.elapsed() < HELD => {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            bound => return bound.unwrap(),
+        }
+    }
 }
 
 impl Controller {
@@ -70,9 +89,7 @@ impl Controller {
             signed: signed.clone(),
         };
         let (stop, stopped) = oneshot::channel::<()>();
-        let listener = TcpListener::bind(("127.0.0.1", CONTROLLER_PORT))
-            .await
-            .unwrap();
+        let listener = listener().await;
         let server = Server::builder()
             .tls_config(tls)
             .unwrap()
