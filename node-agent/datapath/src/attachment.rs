@@ -62,6 +62,12 @@ pub enum AttachError {
          bpf.datapathMode to veth and chain it behind a CNI plugin that makes veth pairs"
     )]
     Netkit(String),
+    /// The other end of its device is not the host's.
+    #[error(
+        "the other end of the proxy's device {0} is not in the host's network namespace: give ambit-proxy a pod \
+         network whose CNI plugin makes veth pairs between the pod and the host; of a pod that just goes this passes"
+    )]
+    NoHostEnd(String),
     /// The host has no way to it.
     #[error("the host has no route to the proxy {0}")]
     NoHostRoute(IpAddr),
@@ -117,10 +123,9 @@ pub async fn find(
         }
     }
     let ends = ends(&outside, &ips).await?;
-    let host_device = match host_end(&outside, &link, index).await? {
-        Some(name) => name,
-        None => way_out(&outside, ends.outer().proxy).await?,
-    };
+    let host_end = host_end(&outside, &link, index).await?;
+    // Never the device of a route to it: of a pod that just goes, that is the node's own way out.
+    let host_device = host_end.ok_or_else(|| AttachError::NoHostEnd(device.clone()))?;
     let default_rp_filter = host
         .run(|| sysctl::read(&proc_root.join("ipv4/conf/default/rp_filter")))
         .map_err(AttachError::Enter)??
@@ -218,16 +223,4 @@ async fn host_end(
             && netlink::peer_index(candidate) == Some(index)
     });
     Ok(candidate.as_ref().map(netlink::name))
-}
-
-/// The device of the host's way to an address.
-async fn way_out(outside: &Netlink, ip: IpAddr) -> Result<String, AttachError> {
-    let route = outside.route_to(ip, None).await?;
-    let index = route.and_then(|route| way(&route).0);
-    let link = match index {
-        Some(index) => outside.link_at(index).await?,
-        None => None,
-    };
-    let link = link.ok_or(AttachError::NoHostRoute(ip))?;
-    Ok(netlink::name(&link))
 }

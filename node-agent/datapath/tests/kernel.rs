@@ -315,6 +315,36 @@ async fn a_proxys_namespace_is_found_from_both_sides() {
     assert_eq!(found.ends, ends);
 }
 
+/// Of a pod that just goes, the host's way to its address is that out of the node: rules for that device would
+/// send the node's own connections to the proxy.
+#[tokio::test]
+async fn a_proxy_is_not_found_at_a_device_that_is_not_the_other_end_of_its_own() {
+    let bed = Bed::new(IptablesBackend::Nft);
+    let proxy = bed.name("proxy");
+    // No device of the host has this index.
+    bed.run(
+        "a",
+        &format!("ip link add out index 4000 up type veth peer name eth1 netns {proxy}"),
+    );
+    bed.run(
+        "proxy",
+        "ip link set eth1 up
+         ip addr del 10.244.1.3/32 dev eth0
+         ip addr add 10.244.1.3/32 dev eth1
+         ip route replace default dev eth1",
+    );
+    let found = datapath::attachment::find(
+        &bed.netns("host"),
+        &bed.netns("proxy"),
+        "/proc/sys/net".as_ref(),
+    )
+    .await;
+    assert!(
+        matches!(&found, Err(datapath::attachment::AttachError::NoHostEnd(device)) if device == "eth1"),
+        "{found:?}"
+    );
+}
+
 #[tokio::test]
 async fn geneve_is_made_where_the_kernel_has_it_and_named_where_not() {
     let bed = Bed::new(IptablesBackend::Nft);
