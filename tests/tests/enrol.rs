@@ -12,6 +12,7 @@ use mesh_tests::manifest::{self, Pod, TCP};
 use mesh_tests::podtool::Place;
 use mesh_tests::scene::with_port;
 use mesh_tests::stage::{MESH, NODE_1, NODE_2, STAGE, Stage};
+use mesh_tests::state;
 use mesh_tests::traffic::{log_of, now, ways_of};
 use mesh_tests::wait::eventually;
 
@@ -83,6 +84,8 @@ fn reach_all(cluster: &Cluster, namespace: &str, marker: &str) -> Result<()> {
 fn a_label_brings_a_namespace_into_the_mesh_within_five_seconds_and_restarts_no_pod() -> Result<()>
 {
     let cluster = Cluster::current()?;
+    // Who leaves meanwhile is missing from the counts.
+    state::wait_nobody_leaves(&cluster)?;
     let namespace = Namespace::create(&cluster, "enrol", None)?;
     let name = namespace.name.as_str();
     shop(&cluster, name)?;
