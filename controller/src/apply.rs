@@ -26,6 +26,10 @@ const PART: &str = "write ambientnodes and taints";
 /// Writes in flight at once.
 const CONCURRENCY: usize = 8;
 
+/// The longest that the API server may take for an answer: a connection that dies without a word would hold up the
+/// other nodes' writes for a quarter of an hour.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(15);
+
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LAST_RETRY: Duration = Duration::from_secs(60);
 
@@ -115,11 +119,11 @@ impl Applier {
         let tainter = self.tainter.as_ref();
         let taint = tainter.and_then(|it| Some((it, it.change(&model.snapshot, &node)?)));
         let tainted = match taint.filter(|_| self.leads()) {
-            Some((tainter, change)) => tainter.write(&node, change).await,
+            Some((tainter, change)) => in_time(tainter.write(&node, change)).await,
             None => Ok(()),
         };
         let written = match change.filter(|_| self.leads()) {
-            Some(change) => self.write(&change).await,
+            Some(change) => in_time(self.write(&change)).await,
             None => Ok(()),
         };
         match written.and(tainted) {
@@ -193,6 +197,12 @@ impl Applier {
     fn model(&self) -> Option<Arc<Model>> {
         self.published.borrow().clone()
     }
+}
+
+async fn in_time(work: impl Future<Output = Result<(), kube::Error>>) -> Result<(), kube::Error> {
+    tokio::time::timeout(ANSWERED_WITHIN, work)
+        .await
+        .unwrap_or_else(|late| Err(kube::Error::Service(late.into())))
 }
 
 /// Doubles with every failure.

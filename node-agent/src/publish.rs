@@ -10,6 +10,7 @@ use kube::runtime::events::{Recorder, Reporter};
 use kube::{Api, Client};
 use serde::Serialize;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use crate::events::{self, News};
 use crate::failure::{Complaint, root};
@@ -26,6 +27,10 @@ const LAST_RETRY: Duration = Duration::from_secs(30);
 /// How often the status of a node that has not been ready since its boot is looked at: with time it
 /// counts as ready though nothing else changes.
 const WHILE_STARTING: Duration = Duration::from_secs(10);
+
+/// The longest that the API server may take for an answer: a connection that dies without a word would hold the
+/// status back for a quarter of an hour.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(15);
 
 /// The part of an AmbientNode that the agent owns.
 #[derive(Debug, Serialize)]
@@ -107,7 +112,10 @@ pub(crate) async fn publish(
             status,
         });
         for news in news {
-            events::publish(&recorder, &object, news).await;
+            let told = events::publish(&recorder, &object, news);
+            if timeout(ANSWERED_WITHIN, told).await.is_err() {
+                tracing::warn!("tell an event: the API server does not answer");
+            }
         }
     }
 }
@@ -134,9 +142,11 @@ async fn write(
         status,
     };
     let parameters = PatchParams::apply(AGENT_MANAGER).force();
-    objects
-        .patch_status(name, &parameters, &Patch::Apply(&own))
+    let patch = Patch::Apply(&own);
+    let answer = objects.patch_status(name, &parameters, &patch);
+    timeout(ANSWERED_WITHIN, answer)
         .await
+        .unwrap_or_else(|late| Err(kube::Error::Service(late.into())))
         .map(drop)
 }
 
