@@ -36,6 +36,8 @@ pub(crate) struct Directory {
     by_alias: Index<Alias, ResourceName>,
     /// The workloads of a service.
     members: Index<ResourceName, ResourceName>,
+    /// How many changes have led to it.
+    changes: usize,
 }
 
 /// One workload or service.
@@ -83,6 +85,12 @@ impl Directory {
         self.members.get(service).filter_map(|name| self.get(name))
     }
 
+    /// How many changes have led here from there, where it is the same directory earlier; a resource that
+    /// changed twice counts twice.
+    pub(crate) fn count_since(&self, before: &Directory) -> usize {
+        self.changes.saturating_sub(before.changes)
+    }
+
     /// What is another here than there. Costs what differs: equal parts are shared.
     pub(crate) fn changes_since<'a>(
         &'a self,
@@ -125,6 +133,7 @@ impl Directory {
         if old.as_deref() == new.as_ref() {
             return;
         }
+        self.changes += 1;
         if let Some(old) = old {
             for alias in &old.aliases {
                 self.by_alias.remove(alias, &name);

@@ -131,13 +131,14 @@ impl Client {
         self.addresses.begun
     }
 
-    /// Whether more than this many changes lie between what the client was told of and a directory.
-    pub(crate) fn is_behind(&self, directory: &Directory, changes: usize) -> bool {
-        self.addresses.begun
-            && directory
-                .changes_since(&self.directory)
-                .nth(changes)
-                .is_some()
+    /// How many changes lie between what the client was told of and a newer directory, as far as it wants
+    /// to be told.
+    pub(crate) fn is_behind_by(&self, directory: &Directory) -> usize {
+        if self.addresses.begun {
+            directory.count_since(&self.directory)
+        } else {
+            0
+        }
     }
 }
 

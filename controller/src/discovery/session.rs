@@ -170,7 +170,7 @@ impl Session {
 
     async fn on_change(&mut self) -> Result<(), Gone> {
         let mut directory = self.newest();
-        if self.client.is_behind(&directory, FEW) {
+        if self.client.is_behind_by(&directory) > FEW {
             self.take_turn().await?;
             directory = self.newest();
         }
