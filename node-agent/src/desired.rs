@@ -326,6 +326,11 @@ pub(crate) mod tests {
         }
     }
 
+    #[test]
+    fn the_marks_of_an_object_that_names_none_are_the_data_paths_own() {
+        assert_eq!(parse(&spec(Vec::new())).unwrap().marks, Marks::default());
+    }
+
     fn attachment() -> Attachment {
         Attachment {
             ends: Ends::V4(Pair {

@@ -1,5 +1,7 @@
 //! From what a pass saw and did to the status that users read. Pure; the time is handed in.
 
+mod statement;
+
 use crds::{
     AmbientNodeStatus, IptablesBackend, KernelStatus, ProxyStatus, Workload, WorkloadNote,
     conditions, reasons,
@@ -10,6 +12,7 @@ use datapath::facts::Facts;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
+use self::statement::Statement;
 use crate::desired::note;
 use crate::failure::{Complaint, Failure, Part};
 use crate::roster::{Identity, Progress};
@@ -129,54 +132,6 @@ pub(crate) fn same(one: &AmbientNodeStatus, other: &AmbientNodeStatus) -> bool {
         status
     };
     timeless(one) == timeless(other)
-}
-
-/// A condition before it has a time.
-struct Statement {
-    kind: &'static str,
-    holds: bool,
-    reason: &'static str,
-    message: String,
-}
-
-impl Statement {
-    fn holds(kind: &'static str, reason: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            kind,
-            holds: true,
-            reason,
-            message: message.into(),
-        }
-    }
-
-    fn fails(kind: &'static str, reason: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            holds: false,
-            ..Self::holds(kind, reason, message)
-        }
-    }
-
-    fn condition(
-        self,
-        generation: Option<i64>,
-        previous: &[Condition],
-        now: Timestamp,
-    ) -> Condition {
-        let status = if self.holds { "True" } else { "False" };
-        let before = previous
-            .iter()
-            .find(|condition| condition.type_ == self.kind && condition.status == status);
-        Condition {
-            type_: self.kind.to_owned(),
-            status: status.to_owned(),
-            reason: self.reason.to_owned(),
-            message: self.message,
-            observed_generation: generation,
-            last_transition_time: before.map_or(Time(now), |condition| {
-                condition.last_transition_time.clone()
-            }),
-        }
-    }
 }
 
 /// A workload whose traffic the mesh does not carry, and why.

@@ -53,6 +53,10 @@ impl Agent {
     }
 }
 
+fn is_nothing_recorded(agent: &Agent) -> bool {
+    record::all(&agent.records()).unwrap().is_empty()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_held_pod_is_let_go_once_the_kernel_sends_it_to_the_proxy() {
     let bed = Bed::new(IptablesBackend::Nft);
@@ -77,10 +81,7 @@ async fn a_held_pod_is_let_go_once_the_kernel_sends_it_to_the_proxy() {
     agent.until(conditions::READY, "AllReady").await;
     eventually("pod 1 is let go", || !is_held(&bed, 1)).await;
     assert!(is_member(&bed, 1));
-    eventually("nothing is recorded", || {
-        record::all(&agent.records()).unwrap().is_empty()
-    })
-    .await;
+    eventually("nothing is recorded", || is_nothing_recorded(&agent)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -125,10 +126,7 @@ async fn holds_of_pods_that_are_gone_and_of_nobody_go() {
     assert!(is_held(&bed, 0));
     bed.run("host", "ip link delete va");
     eventually("the hold of the pod is gone", || !is_held(&bed, 0)).await;
-    eventually("and its record", || {
-        record::all(&agent.records()).unwrap().is_empty()
-    })
-    .await;
+    eventually("and its record", || is_nothing_recorded(&agent)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -20,6 +20,6 @@ pub fn iptables_save(text: &str) {
     let saved = [Saved::new(printed, None, text.to_owned(), names)];
     let used = backend::usage(IptablesBackend::Nft, &saved);
     black_box(backend::choose(None, used, backend::Usage::default()));
-    drop(marks::used(&[], &saved, &Marks::usual()));
+    drop(marks::used(&[], &saved, &Marks::default()));
     drop(source_check::dropping(&saved, "vproxy"));
 }

@@ -51,29 +51,29 @@ pub enum MarksError {
     },
 }
 
-impl Marks {
-    /// The defaults of an AmbientNode, for tests and fuzz targets.
-    #[cfg(any(test, fuzzing))]
-    #[allow(clippy::unwrap_used, reason = "they are marks")]
-    pub(crate) fn usual() -> Self {
-        let mark = |text: &str| text.parse().unwrap();
+/// Those of an AmbientNode that names none.
+impl Default for Marks {
+    fn default() -> Self {
+        let mark = |value, mask| Mark { value, mask };
         Self {
-            outbound: mark("0x100/0x100"),
-            skip: mark("0x200/0x200"),
+            outbound: mark(0x100, 0x100),
+            skip: mark(0x200, 0x200),
             proxied: PerSlot {
-                first: mark("0x210/0x210"),
-                second: mark("0x208/0x208"),
+                first: mark(0x210, 0x210),
+                second: mark(0x208, 0x208),
             },
-            own: mark("0x220/0x220"),
+            own: mark(0x220, 0x220),
             return_: PerSlot {
-                first: mark("0x40/0x40"),
-                second: mark("0x80/0x80"),
+                first: mark(0x40, 0x40),
+                second: mark(0x80, 0x80),
             },
-            tproxy: mark("0x400/0xfff"),
-            proxy_return: mark("0x4d3/0xfff"),
+            tproxy: mark(0x400, 0xfff),
+            proxy_return: mark(0x4d3, 0xfff),
         }
     }
+}
 
+impl Marks {
     /// Whether the rules can tell the marks apart.
     ///
     /// # Errors
@@ -231,9 +231,11 @@ mod tests {
 
     #[test]
     fn marks_that_rules_cannot_tell_apart_are_refused() {
-        assert_eq!(Marks::usual().check(), Ok(()));
-        let mut ambiguous = Marks::usual();
-        ambiguous.own = "0x320/0x320".parse().unwrap();
+        assert_eq!(Marks::default().check(), Ok(()));
+        let ambiguous = Marks {
+            own: "0x320/0x320".parse().unwrap(),
+            ..Marks::default()
+        };
         assert!(matches!(
             ambiguous.check(),
             Err(MarksError::Ambiguous {
@@ -242,7 +244,7 @@ mod tests {
                 ..
             })
         ));
-        let mut without_skip = Marks::usual();
+        let mut without_skip = Marks::default();
         without_skip.proxied.first = "0x10/0x10".parse().unwrap();
         assert!(matches!(
             without_skip.check(),

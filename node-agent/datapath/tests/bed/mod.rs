@@ -288,7 +288,6 @@ pub(crate) fn input(pods: usize) -> NodeInput {
     let end = |vni, ipv4: &str, ipv6: &str| {
         TunnelEnd::new(vni, ipv4.parse().unwrap(), ipv6.parse().unwrap()).unwrap()
     };
-    let mark = |text: &str| text.parse().unwrap();
     NodeInput {
         names: Names::default(),
         tunnel: Tunnel {
@@ -302,21 +301,7 @@ pub(crate) fn input(pods: usize) -> NodeInput {
             inbound: 15008,
             inbound_plaintext: 15006,
         },
-        marks: Marks {
-            outbound: mark("0x100/0x100"),
-            skip: mark("0x200/0x200"),
-            proxied: PerSlot {
-                first: mark("0x210/0x210"),
-                second: mark("0x208/0x208"),
-            },
-            own: mark("0x220/0x220"),
-            return_: PerSlot {
-                first: mark("0x40/0x40"),
-                second: mark("0x80/0x80"),
-            },
-            tproxy: mark("0x400/0xfff"),
-            proxy_return: mark("0x4d3/0xfff"),
-        },
+        marks: Marks::default(),
         failure_mode: FailureMode::Closed,
         proxies: PerSlot {
             first: Some(Proxy {
