@@ -25,6 +25,17 @@ pub struct CertificateApi {
     channel: Channel,
 }
 
+/// A replica of the controller, at an address with its port, that is known by these roots (PEM).
+///
+/// # Errors
+/// If they are none.
+pub fn endpoint(address: &str, roots: &str) -> Result<Endpoint> {
+    let tls = ClientTlsConfig::new()
+        .ca_certificate(Certificate::from_pem(roots))
+        .domain_name(NAME);
+    Ok(Endpoint::from_shared(format!("https://{address}"))?.tls_config(tls)?)
+}
+
 /// The controller's answer: a chain of certificates, or a code and why.
 pub type Answer = Result<Vec<String>, (Code, String)>;
 
@@ -49,13 +60,8 @@ impl CertificateApi {
             .filter(|pod| pod["metadata"]["deletionTimestamp"].is_null())
             .find_map(|pod| pod["status"]["podIP"].as_str())
             .context("no controller")?;
-        let tls = ClientTlsConfig::new()
-            .ca_certificate(Certificate::from_pem(roots))
-            .domain_name(NAME);
         let runtime = Runtime::new()?;
-        let endpoint = Endpoint::from_shared(format!("https://{ip}:15012"))?
-            .tls_config(tls)?
-            .timeout(Duration::from_secs(10));
+        let endpoint = endpoint(&format!("{ip}:15012"), roots)?.timeout(Duration::from_secs(10));
         let channel = runtime
             .block_on(endpoint.connect())
             .context("connect to the controller")?;

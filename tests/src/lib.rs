@@ -17,6 +17,7 @@ pub mod command;
 pub mod drift;
 pub mod enrolment;
 pub mod guard;
+pub mod json_file;
 pub mod load;
 pub mod manifest;
 pub mod matrix;

@@ -1,7 +1,6 @@
 //! Tests that do the same many times: as often as `make soak` wants, or as few times as `make test` has time for; at
 //! moments that a seed chooses; and what came of it, for a reader.
 
-use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -10,6 +9,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::Serialize;
 use serde_json::json;
+
+use crate::json_file;
 
 /// How often something is done: `full` times where `AMBIT_SOAK` is set.
 #[must_use]
@@ -86,8 +87,7 @@ pub fn recorded<N: Default + Serialize>(
     println!("{topic}: {report}");
     if let Some(folder) = std::env::var_os("AMBIT_SOAK_REPORTS") {
         let file = Path::new(&folder).join(format!("{topic}.json"));
-        let written = fs::write(&file, format!("{report:#}\n"));
-        written.with_context(|| format!("write {}", file.display()))?;
+        json_file::write(&file, &report)?;
     }
     outcome
 }

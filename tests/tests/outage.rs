@@ -7,7 +7,7 @@ use mesh_tests::api_server;
 use mesh_tests::capture::{Capture, tcp_of};
 use mesh_tests::cluster::{Cluster, SYSTEM};
 use mesh_tests::guard::{Namespace, Undo};
-use mesh_tests::load::report::Totals;
+use mesh_tests::load::report::{Report, Totals};
 use mesh_tests::load::{Party, ensure_none_failed};
 use mesh_tests::manifest::Pod;
 use mesh_tests::process;
@@ -29,6 +29,18 @@ struct Numbers {
     converged_after_ms: u128,
     #[serde(flatten)]
     traffic: Totals,
+}
+
+impl Numbers {
+    fn begin(&mut self) {
+        self.away_seconds = away().as_secs();
+        self.churned_pods = churn();
+    }
+
+    fn take(&mut self, converged_after: Duration, traffic: &Report) {
+        self.traffic.take(traffic);
+        self.converged_after_ms = converged_after.as_millis();
+    }
 }
 
 /// How long somebody is away.
@@ -121,8 +133,7 @@ fn while_the_api_server_is_away_no_connection_fails_and_pods_that_come_after_it_
         let cluster = Cluster::current()?;
         let party = party(&cluster)?;
         let name = party.namespace.name.as_str();
-        numbers.away_seconds = away().as_secs();
-        numbers.churned_pods = churn();
+        numbers.begin();
         let (took, report) = party.under_load("outage", |_| {
             let back = api_server::stop(&cluster)?;
             std::thread::sleep(away());
@@ -130,8 +141,7 @@ fn while_the_api_server_is_away_no_connection_fails_and_pods_that_come_after_it_
             churn_pods(&cluster, name)?;
             wait_converged(&cluster, &[name])
         })?;
-        numbers.traffic.take(&report);
-        numbers.converged_after_ms = took.as_millis();
+        numbers.take(took, &report);
         cluster.wait_recovered()?;
         ensure_none_failed(&report)
     })
@@ -143,8 +153,7 @@ fn while_the_controller_is_away_no_connection_fails_and_what_came_meanwhile_join
         let cluster = Cluster::current()?;
         let party = party(&cluster)?;
         let others = Namespace::create(&cluster, "meanwhile", Some("ambient"))?;
-        numbers.away_seconds = away().as_secs();
-        numbers.churned_pods = churn();
+        numbers.begin();
         let (took, report) = party.under_load("outage", |_| {
             let back = without_controller(&cluster)?;
             churn_pods(&cluster, &others.name)?;
@@ -152,8 +161,7 @@ fn while_the_controller_is_away_no_connection_fails_and_what_came_meanwhile_join
             back.now()?;
             wait_converged(&cluster, &[&party.namespace.name, &others.name])
         })?;
-        numbers.traffic.take(&report);
-        numbers.converged_after_ms = took.as_millis();
+        numbers.take(took, &report);
         cluster.wait_recovered()?;
         ensure_none_failed(&report)
     })
@@ -188,8 +196,7 @@ fn proxies_that_start_again_while_both_are_away_leak_nothing_and_serve_once_they
             wait_converged(&cluster, &[name])?;
             Ok(start.elapsed())
         })?;
-        numbers.traffic.take(&report);
-        numbers.converged_after_ms = took.as_millis();
+        numbers.take(took, &report);
         capture.stop()?.ensure_encrypted(&marker)?;
         // All is well again.
         let ((), after) = party.under_load(&marker, |_| {

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use mesh_tests::json_file;
 use serde::Serialize;
 
 use crate::measure::Sample;
@@ -118,11 +118,7 @@ pub(crate) fn too_slow(rows: &[Row]) -> Vec<String> {
 
 /// Writes the rows as a JSON array.
 pub(crate) fn write(rows: &[Row], path: &Path) -> Result<()> {
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
-    }
-    let json = serde_json::to_string_pretty(rows)?;
-    fs::write(path, json + "\n").with_context(|| format!("write {}", path.display()))
+    json_file::write(path, rows)
 }
 
 #[cfg(test)]

@@ -120,7 +120,8 @@ impl One {
             Kind::Create => {
                 let pod = fill::create_pod(&self.client, &self.size, new).await?;
                 self.expect(&pod, pod.in_mesh);
-                self.timed(fill::start_pod(&self.client, &pod, new)).await
+                self.timed(fill::start_pod(&self.client, pod.key(), new))
+                    .await
             }
         }
     }

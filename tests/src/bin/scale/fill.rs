@@ -13,11 +13,9 @@ use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::{ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, Client};
+use mesh_tests::cluster::SYSTEM;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-
-/// Namespace of the controller and the proxies.
-pub(crate) const SYSTEM: &str = "ambit-system";
 
 const NAMESPACES: usize = 20;
 /// Requests to the API server at once.
@@ -47,6 +45,13 @@ pub(crate) struct Made {
     pub(crate) uid: String,
     pub(crate) node: String,
     pub(crate) in_mesh: bool,
+}
+
+impl Made {
+    /// Namespace and name.
+    pub(crate) fn key(&self) -> (&str, &str) {
+        (&self.namespace, &self.name)
+    }
 }
 
 /// A filled cluster.
@@ -90,7 +95,7 @@ pub(crate) async fn proxies(client: &Client, size: &Size) -> Result<Vec<String>>
 /// Makes a pod and says that it runs.
 pub(crate) async fn make_pod(client: &Client, size: &Size, i: usize) -> Result<Made> {
     let made = create_pod(client, size, i).await?;
-    start_pod(client, &made, i).await?;
+    start_pod(client, made.key(), i).await?;
     Ok(made)
 }
 
@@ -121,11 +126,11 @@ pub(crate) async fn create_pod(client: &Client, size: &Size, i: usize) -> Result
 }
 
 /// Says that a pod runs and is ready, as kubelet would.
-pub(crate) async fn start_pod(client: &Client, pod: &Made, i: usize) -> Result<()> {
-    say_running(client, &pod.namespace, &pod.name, i).await
-}
-
-async fn say_running(client: &Client, namespace: &str, name: &str, i: usize) -> Result<()> {
+pub(crate) async fn start_pod(
+    client: &Client,
+    (namespace, name): (&str, &str),
+    i: usize,
+) -> Result<()> {
     // Carrier-grade NAT's network has room for four million (RFC 6598).
     let ip = Ipv4Addr::from(u32::from(Ipv4Addr::new(100, 64, 0, 1)) + u32::try_from(i)?);
     let status = json!({"status": {
@@ -149,7 +154,7 @@ async fn make_proxy(client: &Client, nodes: usize, i: usize) -> Result<String> {
     let made = pods.create(&PostParams::default(), &pod).await;
     let uid = made.context("create a proxy's pod")?.metadata.uid;
     // Behind the addresses of all other pods, and of those that are made later.
-    say_running(client, SYSTEM, &name, (1 << 21) + nodes + i).await?;
+    start_pod(client, (SYSTEM, &name), (1 << 21) + nodes + i).await?;
     let request: TokenRequest = object(json!({
         "metadata": {},
         "spec": {

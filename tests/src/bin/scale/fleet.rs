@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{Api, Client};
+use mesh_tests::certificate_api::endpoint;
+use mesh_tests::cluster::SYSTEM;
 use prost::bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -16,14 +18,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Request;
 use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
+use tonic::transport::{Channel, Endpoint};
 
 use crate::changes::Number;
-use crate::fill::SYSTEM;
 use crate::wire::{self, Slim, Told};
 
-/// Name in the controller's own certificate.
-const NAME: &str = "ambit-controller.ambit-system.svc";
 /// Between two tries to connect.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -62,10 +61,7 @@ impl Server {
         let map = maps.get("ambit-ca-root").await.context("the roots")?;
         let data = map.data.unwrap_or_default();
         let roots = data.get("root-cert.pem").context("no root-cert.pem")?;
-        let tls = ClientTlsConfig::new()
-            .ca_certificate(Certificate::from_pem(roots))
-            .domain_name(NAME);
-        let endpoint = Endpoint::from_shared(format!("https://{address}"))?.tls_config(tls)?;
+        let endpoint = endpoint(&address.to_string(), roots)?;
         Ok(Self { endpoint })
     }
 }

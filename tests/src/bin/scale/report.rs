@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 use std::fmt::Write;
-use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
+use mesh_tests::json_file;
 use serde::Serialize;
 
 use crate::changes::{Change, Number};
@@ -163,11 +163,7 @@ impl Report {
 
     /// For a program.
     pub(crate) fn write(&self, path: &Path) -> Result<()> {
-        if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
-        }
-        let json = serde_json::to_string_pretty(&self.0)?;
-        fs::write(path, json + "\n").with_context(|| format!("write {}", path.display()))
+        json_file::write(path, &self.0)
     }
 
     /// What is not below its limit.

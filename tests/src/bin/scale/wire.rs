@@ -1,11 +1,12 @@
 //! Discovery as a proxy speaks it, but without looking into resources: a thousand clients on one machine must not cost
 //! more than the controller that is measured.
 
+use std::collections::HashMap;
+
 use prost::Message;
 use prost::bytes::{BufMut, Bytes};
 use protocol::ADDRESS_TYPE;
 use protocol::discovery::DeltaDiscoveryRequest;
-use std::collections::HashMap;
 use tonic::Status;
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 
