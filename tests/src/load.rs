@@ -26,7 +26,7 @@ use crate::process;
 use crate::scene::with_port;
 use crate::stage::{NODE_1, NODE_2};
 use crate::traffic::ways_of;
-use crate::wait::eventually;
+use crate::wait::{SERVED, eventually};
 
 pub use report::Report;
 
@@ -35,9 +35,6 @@ pub const LEAST_RATE: f64 = 200.0;
 
 /// What each of the two clients asks for; a little more than [`LEAST_RATE`] needs.
 const RATE_OF_CLIENT: &str = "125";
-
-/// A node knows a Service's pods so long after they are ready.
-const SERVED: Duration = Duration::from_secs(20);
 
 /// So many failures and cuts are told in words.
 const TOLD: usize = 5;

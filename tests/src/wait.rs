@@ -7,6 +7,10 @@ use anyhow::{Context, Result};
 /// How many times longer a node may take that is an emulated machine: it shows function, not speed.
 const EMULATED: u32 = 4;
 
+/// Within this time after its pods are ready a Service is served on every node: Kubernetes' own parts wait up to half a
+/// minute before they turn to an API server again that an earlier test took away.
+pub const SERVED: Duration = Duration::from_secs(90);
+
 /// A limit for what happens on a node of the cluster, longer where nodes are guests.
 #[must_use]
 pub fn patient(limit: Duration) -> Duration {

@@ -14,7 +14,7 @@ use mesh_tests::scene::with_port;
 use mesh_tests::stage::{MESH, NODE_1, NODE_2, STAGE, Stage};
 use mesh_tests::state;
 use mesh_tests::traffic::{log_of, now, ways_of};
-use mesh_tests::wait::eventually;
+use mesh_tests::wait::{SERVED, eventually};
 
 /// A client on node 1 and a server on each node, behind a Service and a headless one.
 fn shop(cluster: &Cluster, namespace: &str) -> Result<()> {
@@ -95,7 +95,7 @@ fn a_label_brings_a_namespace_into_the_mesh_within_five_seconds_and_restarts_no_
 
     let capture = Capture::start("clear", &client)?;
     // kube-proxy refuses for a Service until it knows of its pods.
-    eventually(Duration::from_secs(10), "all are reached", || {
+    eventually(SERVED, "all are reached", || {
         reach_all(&cluster, name, &marker)
     })?;
     let clear = capture.stop()?;

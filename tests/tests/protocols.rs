@@ -8,7 +8,7 @@ use mesh_tests::guard::Namespace;
 use mesh_tests::manifest::{self, Pod};
 use mesh_tests::stage::{MESH, NODE_1, NODE_2, STAGE, Stage};
 use mesh_tests::traffic::ways_of;
-use mesh_tests::wait::eventually;
+use mesh_tests::wait::{SERVED, eventually};
 
 #[test]
 fn http_1_keeps_its_connection_through_the_mesh() -> Result<()> {
@@ -77,7 +77,7 @@ fn redis_from_debian_serves_a_client_of_another_node() -> Result<()> {
         cluster.exec(name, "client", &all)?.success()
     };
     // A Service has no endpoint in the client's proxy until the news that its pod is ready got there.
-    eventually(Duration::from_secs(10), "the Service answers", || {
+    eventually(SERVED, "the Service answers", || {
         ensure!(redis(&["ping"])? == "PONG\n");
         Ok(())
     })?;
