@@ -13,8 +13,13 @@ use crate::snapshot::{Change, ClusterSnapshot, Touched, Update};
 /// How many changes are taken in before one publication.
 const BATCH: usize = 1024;
 
-/// Between two publications: every one wakes every client's task.
+/// Least time between two publications.
 const PACE: Duration = Duration::from_millis(20);
+/// More of it for each task that a publication wakes: what clients are told at once costs less than what they are told one
+/// by one.
+const PACE_OF_CLIENT: Duration = Duration::from_micros(200);
+/// Most time between two publications: a pod that joins waits for it.
+const SLOWEST_PACE: Duration = Duration::from_millis(300);
 
 /// Everything that is known, at one moment. A clone shares it all.
 #[derive(Clone, Debug, Default)]
@@ -63,8 +68,15 @@ pub(crate) async fn run(
         }
         published.send_replace(Some(Arc::new(model.clone())));
         dirty.insert(touched.nodes);
-        tokio::time::sleep(PACE).await;
+        tokio::time::sleep(pace(published.receiver_count())).await;
     }
+}
+
+/// Time between two publications to so many.
+fn pace(clients: usize) -> Duration {
+    let clients = u32::try_from(clients).unwrap_or(u32::MAX);
+    let of_clients = PACE_OF_CLIENT.saturating_mul(clients);
+    of_clients.clamp(PACE, SLOWEST_PACE)
 }
 
 /// Which kinds have been listed once. Before that an absent object means nothing.
@@ -162,6 +174,15 @@ mod tests {
             .collect();
         assert_eq!(names, ["uid-b".into()]);
         assert_eq!(dirty.take().await, [n("n1"), n("n2")].into());
+    }
+
+    #[test]
+    fn the_more_clients_the_rarer_a_publication() {
+        let ms = |clients| pace(clients).as_millis();
+        assert_eq!(
+            [0, 100, 1000, 1500, usize::MAX].map(ms),
+            [20, 20, 200, 300, 300]
+        );
     }
 
     #[tokio::test]
