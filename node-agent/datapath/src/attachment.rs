@@ -123,7 +123,7 @@ pub async fn find(
         }
     }
     let ends = ends(&outside, &ips).await?;
-    let host_end = host_end(&outside, &link, index).await?;
+    let host_end = host_end(&outside, proxy, &link).await?;
     // Never the device of a route to it: of a pod that just goes, that is the node's own way out.
     let host_device = host_end.ok_or_else(|| AttachError::NoHostEnd(device.clone()))?;
     let default_rp_filter = host
@@ -209,18 +209,23 @@ async fn ends(outside: &Netlink, ips: &[IpAddr]) -> Result<Ends, AttachError> {
     }
 }
 
-/// The device of the host whose other end is `link`: the two name each other by index.
+/// The device of the host whose other end is `link`: the two name each other by index, and the host's names the
+/// proxy's namespace, for pods' devices often have the same index.
 async fn host_end(
     outside: &Netlink,
+    proxy: &Netns,
     link: &LinkMessage,
-    index: u32,
 ) -> Result<Option<String>, AttachError> {
-    let Some(peer) = netlink::peer_index(link) else {
+    let (Some(peer), Some(namespace)) = (netlink::peer_index(link), proxy.descriptor()) else {
         return Ok(None);
     };
-    let candidate = outside.link_at(peer).await?.filter(|candidate| {
-        netlink::kind(candidate) == Some(InfoKind::Veth)
-            && netlink::peer_index(candidate) == Some(index)
-    });
-    Ok(candidate.as_ref().map(netlink::name))
+    let Some(candidate) = outside.link_at(peer).await? else {
+        return Ok(None);
+    };
+    // Only now: it is the look at such a device that gives the namespace an id.
+    let id = outside.id_of(namespace).await?;
+    let is_it = netlink::kind(&candidate) == Some(InfoKind::Veth)
+        && netlink::peer_index(&candidate) == Some(link.header.index)
+        && id.is_some_and(|id| netlink::peer_namespace(&candidate) == Some(id));
+    Ok(is_it.then(|| netlink::name(&candidate)))
 }

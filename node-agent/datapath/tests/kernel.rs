@@ -345,6 +345,39 @@ async fn a_proxy_is_not_found_at_a_device_that_is_not_the_other_end_of_its_own()
     );
 }
 
+/// Devices of pods have the same few indices, and so may devices of namespaces that are not the host's.
+#[tokio::test]
+async fn a_proxy_is_not_found_at_another_pods_device_of_the_same_index() {
+    let bed = Bed::new(IptablesBackend::Nft);
+    let (proxy, pod) = (bed.name("proxy"), bed.name("b"));
+    // The proxy's other end is in the namespace "a", and has the index there that the host's device of pod "b" has here.
+    bed.run(
+        "a",
+        &format!("ip link add out index 4000 up type veth peer name eth1 index 4001 netns {proxy}"),
+    );
+    bed.run(
+        "host",
+        &format!("ip link add other index 4000 up type veth peer name eth1 index 4001 netns {pod}"),
+    );
+    bed.run(
+        "proxy",
+        "ip link set eth1 up
+         ip addr del 10.244.1.3/32 dev eth0
+         ip addr add 10.244.1.3/32 dev eth1
+         ip route replace default dev eth1",
+    );
+    let found = datapath::attachment::find(
+        &bed.netns("host"),
+        &bed.netns("proxy"),
+        "/proc/sys/net".as_ref(),
+    )
+    .await;
+    assert!(
+        matches!(&found, Err(datapath::attachment::AttachError::NoHostEnd(device)) if device == "eth1"),
+        "{found:?}"
+    );
+}
+
 #[tokio::test]
 async fn geneve_is_made_where_the_kernel_has_it_and_named_where_not() {
     let bed = Bed::new(IptablesBackend::Nft);

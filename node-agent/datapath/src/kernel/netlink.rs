@@ -19,7 +19,7 @@ use crate::datapath::{Address, Item, Link};
 use crate::family::Family;
 use crate::netns::Netns;
 
-pub(crate) use device::{ip, kind, mtu, name, peer_index};
+pub(crate) use device::{ip, kind, mtu, name, peer_index, peer_namespace};
 pub(crate) use message::{family_of, foreign_mark, on_link, way};
 
 /// A netlink socket in one namespace.

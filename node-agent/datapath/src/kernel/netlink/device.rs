@@ -63,6 +63,16 @@ pub(crate) fn peer_index(link: &LinkMessage) -> Option<u32> {
         })
 }
 
+/// The namespace that a device's other end is in, where that is another than its own, by its id in the device's.
+pub(crate) fn peer_namespace(link: &LinkMessage) -> Option<i32> {
+    link.attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::LinkNetNsId(id) => Some(*id),
+            _ => None,
+        })
+}
+
 pub(super) fn host_link(link: &LinkMessage, peers: &BTreeMap<String, u32>) -> Link {
     let name = name(link);
     match kind(link) {

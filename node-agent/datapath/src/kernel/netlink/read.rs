@@ -3,12 +3,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
 
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
+use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::AddressMessage;
 use netlink_packet_route::link::{LinkFlags, LinkMessage};
+use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteProtocol};
 use netlink_packet_route::rule::RuleMessage;
+use rtnetlink::packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use rtnetlink::{IpVersion, LinkGetRequest};
 
 use super::device::{self, geneve, host_link, is_geneve, name, own_addresses};
@@ -35,6 +39,29 @@ impl Netlink {
     /// The device of this index.
     pub(crate) async fn link_at(&self, index: u32) -> Result<Option<LinkMessage>, NetlinkError> {
         one_link(self.handle.link().get().match_index(index)).await
+    }
+
+    /// The id by which this namespace knows another; without one no device of either has its other end in the other.
+    pub(crate) async fn id_of(&self, other: &OwnedFd) -> Result<Option<i32>, NetlinkError> {
+        let descriptor = other.as_raw_fd().unsigned_abs();
+        let mut question = NsidMessage::default();
+        question.attributes.push(NsidAttribute::Fd(descriptor));
+        let mut question = NetlinkMessage::from(RouteNetlinkMessage::GetNsId(question));
+        question.header.flags = NLM_F_REQUEST;
+        let failed = |error| NetlinkError::Read("id of a network namespace", error);
+        let mut answers = self.handle.clone().request(question).map_err(failed)?;
+        while let Some(answer) = answers.next().await {
+            match answer.payload {
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNsId(answer)) => {
+                    return Ok(id(&answer));
+                }
+                NetlinkPayload::Error(error) => {
+                    return Err(failed(rtnetlink::Error::NetlinkError(error)));
+                }
+                _ => {}
+            }
+        }
+        Err(failed(rtnetlink::Error::RequestFailed))
     }
 
     pub(crate) async fn addresses(&self) -> Result<Vec<AddressMessage>, NetlinkError> {
@@ -251,6 +278,17 @@ impl Netlink {
         }
         Ok(devices)
     }
+}
+
+/// The kernel says -1 where there is none.
+fn id(message: &NsidMessage) -> Option<i32> {
+    message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            NsidAttribute::Id(id) => Some(*id).filter(|id| *id >= 0),
+            _ => None,
+        })
 }
 
 async fn one_link(request: LinkGetRequest) -> Result<Option<LinkMessage>, NetlinkError> {
