@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crds::{AmbientNode, CONTROLLER_MANAGER, TunnelType};
-use futures::StreamExt;
+use futures::future::join_all;
 use kube::api::{ApiResource, DynamicObject, Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use serde_json::{Value, json};
@@ -14,8 +14,9 @@ use tokio::sync::watch;
 use crate::desired::NodeState;
 use crate::desired::enrolment::Rules;
 use crate::desired::node_state;
+use crate::dirty_nodes::DirtyNodes;
 use crate::metrics::Metrics;
-use crate::model::{DirtyNodes, Model, Published};
+use crate::model::{Model, Published};
 use crate::names::NodeName;
 use crate::plan::{NodeChange, plan};
 use crate::problems::{Problems, explain};
@@ -23,8 +24,8 @@ use crate::taint::Tainter;
 
 const PART: &str = "write ambientnodes and taints";
 
-/// Writes in flight at once.
-const CONCURRENCY: usize = 8;
+/// Writes in flight at once. An API server that is busy takes half a second for one, and serves its callers in turns.
+const CONCURRENCY: usize = 32;
 
 /// The longest that the API server may take for an answer: a connection that dies without a word would hold up the
 /// other nodes' writes for a quarter of an hour.
@@ -95,31 +96,33 @@ impl Applier {
 
     async fn write_while_leading(&self) {
         let mut leading = self.leading.clone();
-        loop {
-            let nodes = tokio::select! {
-                nodes = self.dirty.take() => nodes,
-                _ = leading.wait_for(|leading| !leading) => return,
-            };
-            futures::stream::iter(nodes)
-                .for_each_concurrent(CONCURRENCY, |node| self.converge(node))
-                .await;
+        tokio::select! {
+            _ = join_all((0..CONCURRENCY).map(|_| self.write_one_by_one())) => {}
+            _ = leading.wait_for(|leading| !leading) => {}
         }
     }
 
-    async fn converge(&self, node: NodeName) {
+    async fn write_one_by_one(&self) {
+        loop {
+            let taken = self.dirty.take().await;
+            self.converge(&taken.node).await;
+        }
+    }
+
+    async fn converge(&self, node: &NodeName) {
         let Some(model) = self.model() else {
             return;
         };
-        let state = node_state(&model.snapshot, &self.rules, &node);
+        let state = node_state(&model.snapshot, &self.rules, node);
         let change = plan(
-            model.snapshot.node(&node).map(AsRef::as_ref),
+            model.snapshot.node(node).map(AsRef::as_ref),
             state,
-            model.snapshot.written(&node).map(AsRef::as_ref),
+            model.snapshot.written(node).map(AsRef::as_ref),
         );
         let tainter = self.tainter.as_ref();
-        let taint = tainter.and_then(|it| Some((it, it.change(&model.snapshot, &node)?)));
+        let taint = tainter.and_then(|it| Some((it, it.change(&model.snapshot, node)?)));
         let tainted = match taint.filter(|_| self.leads()) {
-            Some((tainter, change)) => in_time(tainter.write(&node, change)).await,
+            Some((tainter, change)) => in_time(tainter.write(node, change)).await,
             None => Ok(()),
         };
         let written = match change.filter(|_| self.leads()) {
@@ -127,8 +130,8 @@ impl Applier {
             None => Ok(()),
         };
         match written.and(tainted) {
-            Ok(()) => self.succeeded(&node),
-            Err(error) => self.failed(node, &error),
+            Ok(()) => self.succeeded(node),
+            Err(error) => self.failed(node.clone(), &error),
         }
     }
 

@@ -12,6 +12,7 @@
 //!            authenticate ▶ authorize ▶ ca ▶ certificates ──────┘
 //!
 //!  model: the one task that owns snapshot and directory        run: starts everything
+//!  dirty_nodes: what the model has changed and apply has to write
 //! ```
 
 mod args;
@@ -35,6 +36,7 @@ mod taint;
 
 mod directory;
 
+mod dirty_nodes;
 mod model;
 
 mod discovery;

@@ -1,13 +1,12 @@
 //! The one task that owns the state: takes in changes, derives what they touch, publishes.
 
-use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 
 use crate::directory::{Directory, Facts};
-use crate::names::NodeName;
+use crate::dirty_nodes::DirtyNodes;
 use crate::snapshot::{Change, ClusterSnapshot, Touched, Update};
 
 /// How many changes are taken in before one publication.
@@ -30,13 +29,6 @@ pub(crate) struct Model {
 
 /// The newest model, or `None` until every kind of object has been listed once.
 pub(crate) type Published = watch::Receiver<Option<Arc<Model>>>;
-
-/// Nodes whose AmbientNode may not be as it should. A node that changes often is in here once.
-#[derive(Debug, Default)]
-pub(crate) struct DirtyNodes {
-    nodes: Mutex<BTreeSet<NodeName>>,
-    changed: Notify,
-}
 
 /// Runs until all watches have ended.
 pub(crate) async fn run(
@@ -116,30 +108,6 @@ impl Listed {
     }
 }
 
-// === impl DirtyNodes ===
-
-impl DirtyNodes {
-    pub(crate) fn insert(&self, nodes: impl IntoIterator<Item = NodeName>) {
-        self.lock().extend(nodes);
-        self.changed.notify_one();
-    }
-
-    /// Waits until there are some, and takes them.
-    pub(crate) async fn take(&self) -> BTreeSet<NodeName> {
-        loop {
-            let nodes = std::mem::take(&mut *self.lock());
-            if !nodes.is_empty() {
-                return nodes;
-            }
-            self.changed.notified().await;
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeSet<NodeName>> {
-        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -173,7 +141,8 @@ mod tests {
             .map(|pod| pod.uid.clone())
             .collect();
         assert_eq!(names, ["uid-b".into()]);
-        assert_eq!(dirty.take().await, [n("n1"), n("n2")].into());
+        let (first, second) = (dirty.take().await, dirty.take().await);
+        assert_eq!([&first.node, &second.node], [&n("n1"), &n("n2")]);
     }
 
     #[test]
@@ -183,15 +152,5 @@ mod tests {
             [0, 100, 1000, 1500, usize::MAX].map(ms),
             [20, 20, 200, 300, 300]
         );
-    }
-
-    #[tokio::test]
-    async fn a_node_that_changes_often_is_dirty_once() {
-        let dirty = DirtyNodes::default();
-        dirty.insert([n("n1")]);
-        dirty.insert([n("n1"), n("n2")]);
-        assert_eq!(dirty.take().await.len(), 2);
-        dirty.insert([n("n3")]);
-        assert_eq!(dirty.take().await, [n("n3")].into());
     }
 }
