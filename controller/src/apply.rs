@@ -24,8 +24,9 @@ use crate::taint::Tainter;
 
 const PART: &str = "write ambientnodes and taints";
 
-/// Writes in flight at once. An API server that is busy takes half a second for one, and serves its callers in turns.
-const CONCURRENCY: usize = 32;
+/// Writes in flight at once: few, for an API server that is slow is made slower by more, and what waits is written once
+/// however often it changes meanwhile.
+const CONCURRENCY: usize = 8;
 
 /// The longest that the API server may take for an answer: a connection that dies without a word would hold up the
 /// other nodes' writes for a quarter of an hour.

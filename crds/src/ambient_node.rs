@@ -58,10 +58,11 @@ pub struct AmbientNodeSpec {
     /// How two mesh pods of this node reach each other.
     #[serde(default)]
     pub local_traffic: LocalTraffic,
-    /// The node's pods that are in the mesh. Written by the controller.
+    /// The node's pods that are in the mesh. Written by the controller, as a whole: what others add goes again, and the
+    /// API server need not know who wrote which of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 1000))]
-    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["uid"]))]
+    #[schemars(extend("x-kubernetes-list-type" = "atomic"))]
     pub workloads: Vec<Workload>,
     /// Pods of the node that are labelled for the mesh and stay out, at most 50 of them, each with
     /// its reason. Written by the controller; the agent repeats them in its status.
@@ -72,13 +73,13 @@ pub struct AmbientNodeSpec {
     /// controller.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 10000), inner(length(max = 63)))]
-    #[schemars(extend("x-kubernetes-list-type" = "set"))]
+    #[schemars(extend("x-kubernetes-list-type" = "atomic"))]
     pub mesh_namespaces: Vec<String>,
     /// UIDs of the node's pods of these namespaces that stay out of the mesh: they are not held back.
     /// Written by the controller.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 1000), inner(length(max = 64)))]
-    #[schemars(extend("x-kubernetes-list-type" = "set"))]
+    #[schemars(extend("x-kubernetes-list-type" = "atomic"))]
     pub outside: Vec<String>,
 }
 

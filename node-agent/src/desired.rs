@@ -266,7 +266,16 @@ fn marks(spec: &AmbientNodeSpec) -> Result<Marks, InvalidSpec> {
 
 fn pods(workloads: &[Workload]) -> (Vec<Pod>, Vec<WorkloadNote>) {
     let (mut pods, mut unusable) = (Vec::new(), Vec::new());
+    let mut uids = BTreeSet::new();
     for workload in workloads {
+        if !uids.insert(workload.uid.as_str()) {
+            unusable.push(note(
+                workload,
+                reasons::NOT_APPLIED,
+                "a workload before it in spec.workloads has the same UID: leave the list to ambit-controller",
+            ));
+            continue;
+        }
         // A value that is no address the API server has refused already.
         let ips: BTreeSet<IpAddr> = workload
             .ips
@@ -349,6 +358,21 @@ pub(crate) mod tests {
         let wanted = parse(&spec(vec![workload("a", "10.0.0.4")])).unwrap();
         assert_eq!(wanted.pods.len(), 1);
         assert!(wanted.unusable.is_empty());
+    }
+
+    #[test]
+    fn of_workloads_of_one_uid_the_first_counts_and_the_others_are_told() {
+        let wanted = parse(&spec(vec![
+            workload("uid-a", "10.0.0.1"),
+            workload("uid-a", "10.0.0.2"),
+            workload("uid-b", "10.0.0.3"),
+        ]))
+        .unwrap();
+        let ips: Vec<_> = wanted.pods.iter().flat_map(|pod| &pod.ips).collect();
+        let of = |text: &str| text.parse::<IpAddr>().unwrap();
+        assert_eq!(ips, [&of("10.0.0.1"), &of("10.0.0.3")]);
+        let reasons: Vec<_> = wanted.unusable.iter().map(|it| &it.reason).collect();
+        assert_eq!(reasons, [reasons::NOT_APPLIED]);
     }
 
     #[test]

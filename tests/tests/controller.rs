@@ -193,6 +193,32 @@ fn a_pod_that_is_deleted_leaves_its_nodes_workloads() -> Result<()> {
 }
 
 #[test]
+fn what_others_add_to_a_nodes_workloads_is_taken_out_again() -> Result<()> {
+    let stage = Stage::set()?;
+    let cluster = &stage.cluster;
+    let stranger = "of-no-pod";
+    let change = serde_json::json!([{
+        "op": "add",
+        "path": "/spec/workloads/-",
+        "value": {
+            "uid": stranger,
+            "namespace": MESH,
+            "name": "stranger",
+            "serviceAccount": "far",
+            "ips": ["203.0.113.7"],
+        },
+    }]);
+    let change = change.to_string();
+    cluster.kubectl(&["patch", "ambientnode", NODE_2, "--type=json", "-p", &change])?;
+    eventually(Duration::from_secs(20), "it is out again", || {
+        let workloads = cluster.ambient_node(NODE_2)?["spec"]["workloads"].take();
+        ensure!(!workloads.to_string().contains(stranger), "{workloads:#}");
+        Ok(())
+    })?;
+    cluster.wait_recovered()
+}
+
+#[test]
 fn the_controller_leaves_what_users_set_in_the_spec() -> Result<()> {
     let cluster = Cluster::current()?;
     let owner = |field: &str| -> Result<Vec<String>> {
