@@ -26,7 +26,7 @@ const PART: &str = "write ambientnodes and taints";
 
 /// Writes in flight at once: few, for an API server that is slow is made slower by more, and what waits is written once
 /// however often it changes meanwhile.
-const CONCURRENCY: usize = 8;
+const CONCURRENCY: usize = 16;
 
 /// The longest that the API server may take for an answer: a connection that dies without a word would hold up the
 /// other nodes' writes for a quarter of an hour.

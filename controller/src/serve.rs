@@ -31,6 +31,8 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const HANDSHAKES: usize = 256;
 /// A reconnecting client names all it has: some 80 bytes for each of 50,000.
 const MAX_DISCOVERY_REQUEST_BYTES: usize = 32 << 20;
+/// What of a request a client may send before somebody reads it. A thousand that come back together wait with so much each.
+const WINDOW: u32 = 64 << 10;
 const MAX_CERTIFICATE_REQUEST_BYTES: usize = 256 << 10;
 /// Silent clients are found by this.
 const KEEPALIVE: Duration = Duration::from_secs(30);
@@ -86,6 +88,8 @@ pub(crate) async fn serve(
     Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
         .add_service(discovery)
         .add_service(certificates)
         .serve_with_incoming_shutdown(ReceiverStream::new(connections), stop.cancelled_owned())

@@ -6,7 +6,7 @@
 
 mod responses;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use protocol::discovery::DeltaDiscoveryRequest;
@@ -172,9 +172,9 @@ impl Subscription {
             }
             self.names.remove(name);
         }
-        let mut initial = BTreeMap::new();
+        let mut initial = HashMap::new();
         if first {
-            initial = request.initial_resource_versions.into_iter().collect();
+            initial = request.initial_resource_versions;
         }
         if !self.wildcard {
             // Naming what it has is asking to be kept up to date with it.
@@ -196,7 +196,7 @@ impl Subscription {
     /// Everything that the client does not have yet, and what it has and is no more.
     fn begin_wildcard(
         &mut self,
-        initial: BTreeMap<String, String>,
+        initial: HashMap<String, String>,
         directory: &Directory,
     ) -> Answer {
         let mut held = initial;
@@ -206,14 +206,12 @@ impl Subscription {
         let resources = directory
             .resources()
             .filter(|resource| {
-                held.get(resource.name.as_str()) != Some(&resource.version.to_string())
+                held.remove(resource.name.as_str()) != Some(resource.version.to_string())
             })
             .cloned()
             .collect();
-        let removed = held
-            .into_keys()
-            .filter(|name| directory.get(&name.as_str().into()).is_none())
-            .collect();
+        let mut removed: Vec<String> = held.into_keys().collect();
+        removed.sort_unstable();
         (resources, removed)
     }
 
@@ -222,7 +220,7 @@ impl Subscription {
     fn tell_named(
         &mut self,
         subscribed: &BTreeSet<String>,
-        initial: &BTreeMap<String, String>,
+        initial: &HashMap<String, String>,
         directory: &Directory,
     ) -> Answer {
         let (found, removed) = find_all(subscribed, directory);

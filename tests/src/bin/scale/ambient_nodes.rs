@@ -111,6 +111,21 @@ impl AmbientNodes {
         }
     }
 
+    /// Waits until everything that is expected is there.
+    pub(crate) async fn wait_settled(&self, patience: Duration) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let missing: usize = self.lock().awaited.values().map(Vec::len).sum();
+            if missing == 0 {
+                return Ok(());
+            }
+            if start.elapsed() > patience {
+                bail!("{missing} changes do not show in AmbientNodes");
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Seen> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

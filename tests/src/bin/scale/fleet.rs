@@ -157,6 +157,21 @@ impl Fleet {
         self.wait("have an answer", answered, patience).await
     }
 
+    /// Waits until nobody is told anything any more.
+    pub(crate) async fn wait_quiet(&self, patience: Duration) -> Result<()> {
+        const QUIET: Duration = Duration::from_secs(5);
+        let start = Instant::now();
+        let mut before = None;
+        while before != Some(self.told()) {
+            if start.elapsed() > patience {
+                bail!("clients are told without an end");
+            }
+            before = Some(self.told());
+            tokio::time::sleep(QUIET).await;
+        }
+        Ok(())
+    }
+
     async fn wait(
         &self,
         what: &str,

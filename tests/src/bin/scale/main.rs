@@ -51,9 +51,6 @@ struct Arguments {
     output: PathBuf,
 }
 
-/// Everybody has been told of the last change by then.
-const SETTLED: Duration = Duration::from_secs(10);
-
 /// Nothing takes longer than this, or the run fails.
 const PATIENCE: Duration = Duration::from_secs(600);
 
@@ -102,7 +99,8 @@ async fn main() -> Result<()> {
     )
     .await?;
     let cost = load.until(&controller)?;
-    tokio::time::sleep(SETTLED).await;
+    nodes.wait_settled(PATIENCE).await?;
+    fleet.wait_quiet(PATIENCE).await?;
     report.changes(&changes, &fleet.arrivals(), &nodes.arrivals(), &cost)?;
     say("the pods have changed", start);
 
