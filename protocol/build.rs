@@ -14,6 +14,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(FILES, ["proto"])?;
     tonic_prost_build::configure()
+        .codec_path("crate::SparingCodec")
         .bytes(".istio.workload.Workload.addresses")
         // In order, so that equal workloads are equal bytes.
         .btree_map(".istio.workload.Workload.services")

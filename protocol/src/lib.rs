@@ -9,6 +9,10 @@
 //! `discovery`, `workload`, `authorization` and `certificate` keep the field's package names and
 //! field numbers, so that other proxies and control planes understand them.
 
+mod codec;
+
+pub use codec::{SparingCodec, SparingDecoder};
+
 /// Agent and proxy of one node (`proto/node.proto`).
 #[allow(missing_docs)]
 pub mod node {

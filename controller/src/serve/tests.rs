@@ -272,6 +272,32 @@ async fn a_proxy_gets_the_directory_and_then_its_changes() {
     assert_eq!(stream.next().await.removed_resources, ["uid-a"]);
 }
 
+/// What it has does not fit into what it may send before somebody reads it.
+#[tokio::test]
+async fn a_proxy_that_comes_back_with_much_is_told_the_difference() {
+    let mut controller = Controller::start().await;
+    let channel = controller.channel().await;
+    let mut stream = Stream::open(channel, "proxy-on-n1").await.unwrap();
+    let has = (0..20_000).map(|index| (format!("uid-that-was-{index}"), "1".to_owned()));
+    let request = DeltaDiscoveryRequest {
+        type_url: ADDRESS_TYPE.to_owned(),
+        initial_resource_versions: has.collect(),
+        ..DeltaDiscoveryRequest::default()
+    };
+    stream.requests.send(request).await.unwrap();
+    let (mut names, mut removed) = (Vec::new(), 0);
+    while removed < 20_000 || names.is_empty() {
+        let response = stream.next().await;
+        names.extend(response.resources.into_iter().map(|resource| resource.name));
+        removed += response.removed_resources.len();
+    }
+    assert_eq!((names, removed), (vec!["uid-a".to_owned()], 20_000));
+    let policies = stream.ask(AUTHORIZATION_TYPE).await;
+    assert_eq!(policies.type_url, AUTHORIZATION_TYPE);
+    controller.change(set_pod(pod("b", "10.0.0.2")));
+    assert_eq!(stream.next().await.resources[0].name, "uid-b");
+}
+
 #[tokio::test]
 async fn a_proxy_gets_certificates_of_its_nodes_pods_only() {
     let controller = Controller::start().await;
