@@ -226,6 +226,7 @@ async fn host_end(
     let id = outside.id_of(namespace).await?;
     let is_it = netlink::kind(&candidate) == Some(InfoKind::Veth)
         && netlink::peer_index(&candidate) == Some(link.header.index)
-        && id.is_some_and(|id| netlink::peer_namespace(&candidate) == Some(id));
+        && id.is_some()
+        && netlink::peer_namespace(&candidate) == id;
     Ok(is_it.then(|| netlink::name(&candidate)))
 }
