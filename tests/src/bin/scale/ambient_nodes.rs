@@ -92,35 +92,39 @@ impl AmbientNodes {
 
     /// Waits until so many workloads are in all of them.
     pub(crate) async fn wait_for(&self, workloads: usize, patience: Duration) -> Result<()> {
-        let start = Instant::now();
-        loop {
-            let (found, error) = {
-                let seen = self.lock();
-                let found: usize = seen.workloads.values().map(BTreeSet::len).sum();
-                (found, seen.error.clone())
-            };
-            if found == workloads {
-                return Ok(());
-            }
-            if start.elapsed() > patience {
-                bail!(
-                    "AmbientNodes have {found} workloads and not {workloads}; last error of the watch: {error:?}"
-                );
-            }
-            tokio::time::sleep(Duration::from_millis(500)).await;
-        }
+        let lacks = |seen: &Seen| {
+            let found: usize = seen.workloads.values().map(BTreeSet::len).sum();
+            (found != workloads).then(|| format!("{found} workloads and not {workloads}"))
+        };
+        self.wait(lacks, patience).await
     }
 
     /// Waits until everything that is expected is there.
     pub(crate) async fn wait_settled(&self, patience: Duration) -> Result<()> {
+        let lacks = |seen: &Seen| {
+            let missing: usize = seen.awaited.values().map(Vec::len).sum();
+            (missing != 0).then(|| format!("not yet {missing} of the changes"))
+        };
+        self.wait(lacks, patience).await
+    }
+
+    /// Waits until they lack nothing, or else says what they have.
+    async fn wait(
+        &self,
+        lacks: impl Fn(&Seen) -> Option<String>,
+        patience: Duration,
+    ) -> Result<()> {
         let start = Instant::now();
         loop {
-            let missing: usize = self.lock().awaited.values().map(Vec::len).sum();
-            if missing == 0 {
+            let (lack, error) = {
+                let seen = self.lock();
+                (lacks(&seen), seen.error.clone())
+            };
+            let Some(lack) = lack else {
                 return Ok(());
-            }
+            };
             if start.elapsed() > patience {
-                bail!("{missing} changes do not show in AmbientNodes");
+                bail!("AmbientNodes have {lack}; last error of the watch: {error:?}");
             }
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
